@@ -1,0 +1,143 @@
+"""The decoder: embedding, groups of scanned layers, final norm, output head."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax import sharding as sh
+from moe_jax.config import LayerKind, ModelConfig
+from moe_jax.models.attention import KINDS, Where
+from moe_jax.models.grouping import group_layers
+from moe_jax.models.layers import FeedForward, RMSNorm, weight
+from moe_jax.models.moe import MoE
+from moe_jax.precision import Policy
+from moe_jax.routing import Idea
+
+# B batch  S sequence  D model  V vocabulary  L layers with experts  E experts
+
+_REMAT_POLICIES = {
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Output(NamedTuple):
+  hidden_BSD: jax.Array  # after the final norm
+  aux: dict[str, jax.Array]  # what each MoE layer measured, stacked: leading dim L
+  cache: Any  # a list, one entry a layer group; None without a cache
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+  kind: LayerKind
+  cfg: ModelConfig
+  balance: tuple[Idea, ...]
+  policy: Policy
+
+  @nn.compact
+  def __call__(self, x_BSD: jax.Array, where: Where, cache: Any):
+    c, std = self.cfg, self.cfg.init_std
+    attention = KINDS[self.kind.attention](
+      getattr(c, self.kind.attention), c.rope, std, c.norm_eps, self.policy, name='attention'
+    )
+    y_BSD, cache = attention(RMSNorm(c.norm_eps, name='attention_norm')(x_BSD), where, cache)
+    x_BSD += y_BSD
+    h_BSD = RMSNorm(c.norm_eps, name='feed_forward_norm')(x_BSD)
+    if self.kind.feed_forward == 'moe':
+      moe = MoE(c.moe, self.balance, std, self.policy, name='moe')
+      y_BSD, aux = moe(h_BSD, where.segment_BS > 0)
+    else:
+      y_BSD, aux = FeedForward(c.d_ff, std, self.policy, name='dense')(h_BSD), None
+    return x_BSD + y_BSD, cache, aux
+
+
+class Pattern(nn.Module):
+  """One turn of a scan: the layers of a group's pattern, in order."""
+
+  kinds: tuple[LayerKind, ...]
+  cfg: ModelConfig
+  balance: tuple[Idea, ...]
+  policy: Policy
+
+  @nn.compact
+  def __call__(self, x_BSD: jax.Array, caches: Any, where: Where):
+    new, aux = [], []
+    for i, kind in enumerate(self.kinds):
+      block = Block(kind, self.cfg, self.balance, self.policy, name=f'layer_{i}')
+      x_BSD, cache, seen = block(x_BSD, where, None if caches is None else caches[i])
+      new.append(cache)
+      aux.append(seen)
+    return x_BSD, (None if caches is None else new, aux)
+
+
+class Decoder(nn.Module):
+  """A language model of the family. `init` and `apply` are its pure functions.
+
+  Variables: collection `params` (float32 master weights) and `router` (selection biases, which
+  `apply` reads and the training step updates by a rule of moe_jax.routing).
+  """
+
+  cfg: ModelConfig
+  policy: Policy
+  balance: tuple[Idea, ...] = ()
+
+  @nn.compact
+  def __call__(self, token_BS: jax.Array, where: Where, cache: Any = None) -> Output:
+    """Args: `cache` from `empty_cache`, to decode; None to train."""
+    c, V, D = self.cfg, self.cfg.vocab_size, self.cfg.d_model
+    embedding_VD = weight(self, 'embedding_VD', (V, D), sh.EMBEDDING_VD, std=c.init_std)
+    weight(self, 'head_DV', (D, V), sh.HEAD_DV, std=c.init_std)
+    table_VD = jax.sharding.reshard(self.policy.cast(embedding_VD), jax.P(None, None))
+    x_BSD = table_VD.at[token_BS].get(out_sharding=sh.STREAM)
+
+    caches, aux = [], []
+    for i, (kinds, repeats) in enumerate(group_layers(c.layers)):
+      pattern = Pattern
+      if c.remat != 'none':
+        pattern = nn.remat(Pattern, prevent_cse=False, policy=_REMAT_POLICIES[c.remat])
+      group = nn.scan(
+        pattern,
+        variable_axes={'params': 0, 'router': 0},
+        split_rngs={'params': True},
+        in_axes=(0, nn.broadcast),
+        length=repeats,
+      )(kinds, c, self.balance, self.policy, name=f'group_{i}')
+      x_BSD, (new, seen) = group(x_BSD, None if cache is None else cache[i], where)
+      caches.append(new)
+      aux.append(seen)
+    hidden_BSD = RMSNorm(c.norm_eps, name='final_norm')(x_BSD)
+    return Output(hidden_BSD, stack_layers(aux), None if cache is None else caches)
+
+
+def head_DV(params: Any, policy: Policy) -> jax.Array:
+  """The output head in compute precision, its FSDP share gathered."""
+  return jax.sharding.reshard(policy.cast(params['head_DV']), sh.gathered(sh.HEAD_DV))
+
+
+def stack_layers(aux: list[list[Any]]) -> dict[str, jax.Array]:
+  """[group][layer of the pattern] of [repeats, ...] -> [L, ...], in the order of the layers."""
+  stacked = []
+  for group in aux:
+    seen = [a for a in group if a is not None]
+    if seen:
+      together = jax.tree.map(lambda *a: jnp.stack(a, axis=1), *seen)
+      stacked.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), together))
+  if not stacked:
+    return {}
+  return jax.tree.map(lambda *a: jnp.concatenate(a), *stacked)
+
+
+def empty_cache(cfg: ModelConfig, *, batch: int, length: int, dtype: Any) -> list[list[Any]]:
+  """A cache for `length` tokens a row: a list of groups, of pattern layers, of [repeats, ...] arrays."""
+  cache = []
+  for kinds, repeats in group_layers(cfg.layers):
+    layers = []
+    for kind in kinds:
+      make = KINDS[kind.attention].empty_cache
+      one = make(getattr(cfg, kind.attention), batch, length, dtype)
+      layers.append(jax.tree.map(lambda a: jnp.stack([a] * repeats), one))  # noqa: B023
+    cache.append(layers)
+  return cache

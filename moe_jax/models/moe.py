@@ -1,0 +1,74 @@
+"""The DeepSeekMoE feed-forward: routed experts by top-k, plus shared experts that every token visits."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax import sharding as sh
+from moe_jax.config import MoEConfig
+from moe_jax.models.layers import FeedForward, weight
+from moe_jax.ops.experts import expert_mlp
+from moe_jax.ops.route import scores, top_k_route
+from moe_jax.precision import Policy
+from moe_jax.routing import Gate, Idea
+from moe_jax.routing.base import selected
+
+# B batch  S sequence  D model  E experts  F expert width  K experts a token
+
+
+class MoE(nn.Module):
+  """Routed plus shared experts. Source: arXiv:2401.06066, section 3; arXiv:2412.19437, section 2.1.2."""
+
+  cfg: MoEConfig
+  balance: tuple[Idea, ...]
+  std: float
+  policy: Policy
+
+  @nn.compact
+  def __call__(
+    self, x_BSD: jax.Array, valid_BS: jax.Array
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the output and, in float32: `load_E` tokens routed to each expert, `loss`, `entropy`.
+
+    Padding is routed like any token but counted nowhere.
+    """
+    c, D, E, F = self.cfg, x_BSD.shape[-1], self.cfg.num_experts, self.cfg.d_expert
+    router_DE = weight(self, 'router_DE', (D, E), sh.MATRIX_DX, std=self.std)
+    gate_up_ED2F = weight(self, 'gate_up_ED2F', (E, D, 2, F), sh.EXPERTS_ED2F, std=self.std)
+    down_EFD = weight(self, 'down_EFD', (E, F, D), sh.EXPERTS_EFD, std=self.std)
+    bias_E = self.variable(
+      'router', 'bias_E', jnp.zeros, (E,), jnp.float32, out_sharding=sh.VECTOR
+    ).value
+
+    # the gate stays float32 under every policy: a rounded score sends a token elsewhere
+    router_DE = jax.sharding.reshard(router_DE, sh.gathered(sh.MATRIX_DX))
+    logits_BSE = jnp.einsum(
+      'bsd,de->bse', x_BSD.astype(jnp.float32), router_DE, precision='highest'
+    )
+    score_BSE = scores(logits_BSE, c.score)
+    expert_BSK, weight_BSK = top_k_route(
+      score_BSE,
+      bias_E,
+      k=c.top_k,
+      num_groups=c.num_groups,
+      top_groups=c.top_groups,
+      group_score=c.group_score,
+      normalize=c.normalize_weights,
+      scale=c.weight_scale,
+    )
+    y_BSD = expert_mlp(
+      x_BSD, expert_BSK, weight_BSK, self.policy.cast(gate_up_ED2F), self.policy.cast(down_EFD)
+    )
+    if c.num_shared:
+      y_BSD += FeedForward(c.num_shared * F, self.std, self.policy, name='shared')(x_BSD)
+
+    gate = Gate(logits_BSE, score_BSE, expert_BSK, valid_BS)
+    load_E = jnp.where(valid_BS[..., None], selected(expert_BSK, E), 0).sum((0, 1))
+    p_BSE = jax.nn.softmax(logits_BSE, axis=-1)
+    entropy_BS = -jax.scipy.special.xlogy(p_BSE, p_BSE).sum(-1) / jnp.log(E)
+    aux = {
+      'load_E': load_E,
+      'loss': sum((idea.loss(gate) for idea in self.balance), jnp.zeros((), jnp.float32)),
+      'entropy': jnp.where(valid_BS, entropy_BS, 0).sum() / jnp.maximum(valid_BS.sum(), 1),
+    }
+    return y_BSD, aux

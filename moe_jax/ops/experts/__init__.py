@@ -1,0 +1,109 @@
+"""Routed experts over a mesh: tokens travel to their experts and back, and none is dropped.
+
+A token crosses to each device of the `expert` axis at most once, however many of its experts live there, in buckets
+of fixed size moved by all_to_all. A bucket holds as many tokens as a device has, the only size that can never
+overflow; what a bucket does not fill is sent empty.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moe_jax import sharding as sh
+from moe_jax.ops.grouped_matmul import grouped_matmul
+from moe_jax.ops.permute import (
+  bucket_by_destination,
+  combine,
+  dispatch,
+  sort_by_destination,
+)
+
+# B batch  S sequence  T tokens of one device  D model  F width  E experts  K experts a token
+# P devices on the expert axis
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+  return jax.nn.silu(gate) * up
+
+
+def expert_mlp(
+  x_BSD: Float[Array, 'B S D'],
+  expert_BSK: Int[Array, 'B S K'],
+  weight_BSK: Float[Array, 'B S K'],
+  gate_up_ED2F: Float[Array, 'E D 2 F'],
+  down_EFD: Float[Array, 'E F D'],
+) -> Float[Array, 'B S D']:
+  """Weighted sum over each token's experts of down(silu(gate x) * up x), on the current mesh.
+
+  Args:
+    x_BSD: tokens, split over (data, expert) by row.
+    weight_BSK: float32 gate weights.
+    gate_up_ED2F: stored shares, split as `sharding.EXPERTS_ED2F`; gathered over `data` here.
+    down_EFD: likewise, `sharding.EXPERTS_EFD`.
+
+  Gradients reach x, the weights and both matrices.
+  """
+  body = jax.shard_map(
+    _on_device,
+    in_specs=(sh.STREAM, sh.STREAM, sh.STREAM, sh.EXPERTS_ED2F, sh.EXPERTS_EFD),
+    out_specs=sh.STREAM,
+  )
+  return body(x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD)
+
+
+def _on_device(x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD):
+  gate_up_ED2F = jax.lax.all_gather(gate_up_ED2F, sh.DATA, axis=1, tiled=True)
+  down_EFD = jax.lax.all_gather(down_EFD, sh.DATA, axis=2, tiled=True)
+  D, K = x_BSD.shape[-1], expert_BSK.shape[-1]
+  # each device along `model` computes with its share of the width
+  x_TD, expert_TK, weight_TK = (
+    jax.lax.pcast(a.reshape(-1, a.shape[-1]), sh.MODEL, to='varying')
+    for a in (x_BSD, expert_BSK, weight_BSK)
+  )
+  if jax.lax.axis_size(sh.EXPERT) == 1:
+    y_TD = _local_experts(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, rows=len(x_TD) * K)
+  else:
+    y_TD = _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD)
+  return jax.lax.psum(y_TD, sh.MODEL).reshape(*x_BSD.shape[:2], D)
+
+
+def _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD):
+  """Sends tokens to the devices of their experts, computes there, and sums what comes back."""
+  num_devices, local = jax.lax.axis_size(sh.EXPERT), gate_up_ED2F.shape[0]
+  T, K = expert_TK.shape
+  device_TP = jnp.arange(num_devices)
+  visits_TP = (expert_TK[..., None] // local == device_TP).any(1)
+  plan = bucket_by_destination(visits_TP)
+
+  def send(a_TX):
+    bucket_PTX = dispatch(a_TX, plan).reshape(num_devices, T, -1)
+    return jax.lax.all_to_all(bucket_PTX, sh.EXPERT, 0, 0).reshape(num_devices * T, -1)
+
+  # an empty place in a bucket must not ask for an expert: mark what is not here as `local`
+  wanted_RK = expert_TK[plan.token_R]
+  owner_R = jnp.repeat(device_TP, T)[:, None]
+  here_RK = (wanted_RK // local == owner_R) & (
+    jnp.arange(T)[None, :, None] < plan.size_E[:, None, None]
+  ).reshape(-1, 1)
+  local_RK = jnp.where(here_RK, wanted_RK % local, local)
+  local_RK = jax.lax.all_to_all(local_RK.reshape(num_devices, T, K), sh.EXPERT, 0, 0).reshape(
+    num_devices * T, K
+  )
+  y_RD = _local_experts(
+    send(x_TD), local_RK, send(weight_TK), gate_up_ED2F, down_EFD,
+    rows=num_devices * T * min(K, local),
+  )  # fmt: skip
+  back_RD = jax.lax.all_to_all(y_RD.reshape(num_devices, T, -1), sh.EXPERT, 0, 0).reshape(
+    num_devices * T, -1
+  )
+  return combine(back_RD, visits_TP.astype(jnp.float32), plan)
+
+
+def _local_experts(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, *, rows):
+  """Experts of this device for the tokens that are here; choice E means an expert elsewhere."""
+  E, D, _, F = gate_up_ED2F.shape
+  plan = sort_by_destination(expert_TK, num_destinations=E, num_rows=rows)
+  x_RD = dispatch(x_TD, plan)
+  h_R2F = grouped_matmul(x_RD, gate_up_ED2F.reshape(E, D, 2 * F), plan.size_E)
+  y_RD = grouped_matmul(swiglu(h_R2F[:, :F], h_R2F[:, F:]), down_EFD, plan.size_E)
+  return combine(y_RD, weight_TK, plan)

@@ -1,0 +1,14 @@
+"""Root-mean-square normalisation."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def rms_norm(
+  x: Float[Array, '... D'], weight_D: Float[Array, 'D'], *, eps: float
+) -> Float[Array, '... D']:
+  """`weight * x / sqrt(mean(x^2) + eps)` in float32, returned in x's dtype. Source: arXiv:1910.07467."""
+  y = x.astype(jnp.float32)
+  y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+  return (y * weight_D.astype(jnp.float32)).astype(x.dtype)

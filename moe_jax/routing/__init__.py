@@ -1,0 +1,53 @@
+"""Balancing ideas, one file each, chosen by name: `--config.balance=loss_free+sequence_wise`.
+
+Every module of this folder is imported and every `Idea` with a name is known; adding a file is all it takes.
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax import config_io
+from moe_jax.routing.base import Gate, Idea
+
+__all__ = ['Gate', 'Idea', 'choose', 'default_fields', 'ideas']
+
+
+def ideas() -> dict[str, type[Idea]]:
+  """Every known idea by name."""
+  for module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f'{__name__}.{module.name}')
+  return {c.name: c for c in sorted(Idea.__subclasses__(), key=lambda c: c.name) if c.name}
+
+
+def default_fields() -> dict[str, dict[str, Any]]:
+  """{idea: {field: default}}: what `config.routing` offers for overriding."""
+  return {
+    name: {f.name: f.default for f in dataclasses.fields(idea)} for name, idea in ideas().items()
+  }
+
+
+def choose(balance: str, fields: Mapping[str, Mapping[str, Any]]) -> tuple[Idea, ...]:
+  """Makes the ideas named in `balance`, joined by '+', with their fields; 'none' is no idea.
+
+  Raises:
+    ValueError: an unknown idea (the nearest is suggested), one named twice, or a wrong field.
+  """
+  known = ideas()
+  for name in fields:
+    if name not in known:
+      raise ValueError(f'routing.{name} is not a balancing idea. {config_io.nearest(name, known)}')
+  names = [] if balance == 'none' else balance.split('+')
+  for name in names:
+    if name not in known:
+      raise ValueError(
+        f'balance={balance!r}: {name!r} is not a balancing idea. '
+        f'{config_io.nearest(name, {*known, "none"})}'
+      )
+    if names.count(name) > 1:
+      raise ValueError(f'balance={balance!r} names {name!r} twice. Name it once.')
+  return tuple(
+    config_io.build(fields.get(name, {}), known[name], f'routing.{name}.') for name in names
+  )

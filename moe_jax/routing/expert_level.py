@@ -1,0 +1,26 @@
+"""DeepSeekMoE's expert-level balance loss."""
+
+import dataclasses
+from typing import ClassVar
+
+from jaxtyping import Array, Float
+
+from moe_jax.routing.base import Gate, Idea, selected, sequence_balance
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertLevel(Idea):
+  """weight * sum_i f_i P_i on each sequence, averaged; the experts counted are those chosen.
+
+  The paper leaves open whether f and P run over the batch or a sequence; DeepSeek's released code
+  takes sequences, and so does this.
+
+  Source: arXiv:2401.06066, equations 12 to 14; weight 1e-3 for the 16B model.
+  """
+
+  name: ClassVar[str] = 'expert_level'
+  weight: float = 1e-3
+
+  def loss(self, gate: Gate) -> Float[Array, '']:
+    selected_BSE = selected(gate.expert_BSK, gate.num_experts)
+    return self.weight * sequence_balance(selected_BSE, gate.score_BSE, gate)

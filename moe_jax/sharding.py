@@ -1,0 +1,50 @@
+"""Mesh axes and every named PartitionSpec of the project, on one page.
+
+Axes: `data` splits the batch, and parameters FSDP-style; `expert` splits experts, and the batch
+too; `model` splits heads, widths and the vocabulary. Any axis may be 1: one device is the mesh
+(1, 1, 1), not a special case. All axes are explicit: an array's type says how it is split, and an
+ambiguous operation is an error rather than a guess.
+"""
+
+import jax
+from jax import P
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+# B batch  S sequence  D model  H heads  C head dim  F width  E experts  V vocabulary
+DATA, EXPERT, MODEL = 'data', 'expert', 'model'
+AXES = (DATA, EXPERT, MODEL)
+# sequences are shared by the data and the expert axis
+BATCH = (DATA, EXPERT)
+
+# activations: (B,), (B, S), (B, S, D), (B, S, H, C), (B, S, F), (B, S, V)
+BY_ROW = P(BATCH)
+TOKENS = P(BATCH, None)
+STREAM = P(BATCH, None, None)
+HEADS = P(BATCH, None, MODEL, None)
+WIDE = P(BATCH, None, MODEL)
+
+# parameters as stored: `data` holds an FSDP share of each, `model` splits the width
+VECTOR = P(None)
+EMBEDDING_VD = P(MODEL, DATA)
+HEAD_DV = P(DATA, MODEL)
+MATRIX_DX = P(DATA, None)
+MATRIX_DF = P(DATA, MODEL)
+MATRIX_FD = P(MODEL, DATA)
+HEADS_DHC = P(DATA, MODEL, None)
+HEADS_HCD = P(MODEL, None, DATA)
+EXPERTS_ED2F = P(EXPERT, DATA, None, MODEL)
+EXPERTS_EFD = P(EXPERT, MODEL, DATA)
+
+
+def gathered(spec: P) -> P:
+  """The spec a parameter is used with: its FSDP share over `data` gathered, the rest as stored."""
+  return P(*(None if axis == DATA else axis for axis in spec))
+
+
+def make_mesh(shape: tuple[int, int, int]) -> Mesh:
+  """A mesh of explicit axes (data, expert, model) over all devices."""
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, BY_ROW)

@@ -1,0 +1,60 @@
+"""Everything a run carries from one step to the next, in one tree."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_jax import routing
+from moe_jax import sharding as sh
+from moe_jax.config import RunConfig
+from moe_jax.models.attention import Where
+from moe_jax.models.decoder import Decoder
+from moe_jax.optim import GuardState, adamw
+from moe_jax.precision import policy
+
+
+class TrainState(NamedTuple):
+  """A checkpoint is this tree and nothing else.
+
+  Randomness needs no place here: whatever a step draws is a function of (seed, step).
+  """
+
+  step: jax.Array  # int32 steps done, refused ones included
+  batch: jax.Array  # int32 index of the next batch
+  params: Any
+  router: Any  # selection biases
+  opt: optax.OptState
+  guard: GuardState
+
+
+def make_model(cfg: RunConfig) -> Decoder:
+  return Decoder(cfg.model, policy(cfg.precision), routing.choose(cfg.balance, cfg.routing))
+
+
+def make_optimizer(cfg: RunConfig) -> optax.GradientTransformation:
+  return adamw(cfg.optim, cfg.steps)
+
+
+def create(cfg: RunConfig, key: jax.Array) -> TrainState:
+  """A fresh state on the current mesh.
+
+  `jax.eval_shape(partial(create, cfg), key)` carries every shape, dtype and sharding: it is the
+  restore target, the memory estimate and the only table of shardings.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  rows = mesh.shape[sh.DATA] * mesh.shape[sh.EXPERT]
+  token_BS = jnp.zeros((rows, 2), jnp.int32, out_sharding=sh.TOKENS)
+  start_B = jnp.zeros((rows,), jnp.int32, out_sharding=sh.BY_ROW)
+  variables = make_model(cfg).init(key, token_BS, Where(token_BS, token_BS, start_B))
+  params = variables['params']
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(
+    step=zero,
+    batch=zero,
+    params=params,
+    router=variables.get('router', {}),
+    opt=make_optimizer(cfg).init(params),
+    guard=GuardState.create(cfg.guard),
+  )

@@ -1,0 +1,185 @@
+"""One training step and one evaluation step, as pure functions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_jax import routing
+from moe_jax.config import RunConfig
+from moe_jax.models.attention import Where
+from moe_jax.models.decoder import Decoder, head_DV
+from moe_jax.ops.cross_entropy import total_loss
+from moe_jax.optim import judge, schedule
+from moe_jax.precision import policy
+from moe_jax.train.state import TrainState, make_model, make_optimizer
+
+# B batch  S sequence  M micro-batches  L layers with experts  E experts  V vocabulary
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def _where(batch: Batch) -> Where:
+  start_B = jnp.zeros_like(batch['tokens'][:, 0])
+  return Where(batch['positions'], batch['segments'], start_B)
+
+
+def _apply(model: Decoder, params: Any, router: Any, batch: Batch):
+  """Sum of token losses, and the model's output."""
+  variables = {'params': params, 'router': router}
+  out = model.apply(variables, batch['tokens'], _where(batch))
+  head = head_DV(params, model.policy)
+  return total_loss(out.hidden_BSD, head, batch['targets'], batch['loss_mask']), out
+
+
+def _split(batch: Batch, parts: int) -> Batch:
+  """[B, ...] -> [M, B/M, ...]; each part keeps rows of every device."""
+
+  def split(a: jax.Array) -> jax.Array:
+    return jnp.moveaxis(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 1, 0)
+
+  return jax.tree.map(split, batch)
+
+
+def loss_and_grads(
+  cfg: RunConfig, model: Decoder, params: Any, router: Any, batch: Batch
+) -> tuple[Metrics, Any]:
+  """Losses, counts and gradients of a whole batch, computed in `cfg.microbatches` parts.
+
+  Token losses are averaged over the valid targets of the whole batch, balance losses over parts, and
+  `load_LE` counts every token of every part and device.
+  """
+  num_targets = jnp.maximum(batch['loss_mask'].sum(), 1).astype(jnp.float32)
+  parts = cfg.microbatches
+
+  def loss_fn(params: Any, part: Batch):
+    total, out = _apply(model, params, router, part)
+    lm = total / num_targets
+    balance = out.aux['loss'].sum() / parts if out.aux else jnp.zeros((), jnp.float32)
+    seen: Metrics = {'loss': lm + balance, 'lm_loss': lm, 'balance_loss': balance}
+    if out.aux:
+      seen |= {'load_LE': out.aux['load_E'], 'entropy_L': out.aux['entropy'] / parts}
+    return lm + balance, seen
+
+  grad_fn = jax.grad(loss_fn, has_aux=True)
+  if parts == 1:
+    grads, seen = grad_fn(params, batch)
+    return seen, grads
+
+  def add(carry: Any, part: Batch):
+    return jax.tree.map(jnp.add, carry, grad_fn(params, part)), None
+
+  shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda a: a[0], _split(batch, parts)))
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes)
+  (grads, seen), _ = jax.lax.scan(add, zeros, _split(batch, parts))
+  return seen, grads
+
+
+def router_metrics(load_LE: jax.Array, entropy_L: jax.Array, bias_LE: jax.Array) -> Metrics:
+  """Per-layer health of the routing, from the counts of one global batch.
+
+  max_vio: max load / mean load - 1 (arXiv:2408.15664). load_entropy: of the share of each expert, over
+  its maximum. entropy: mean over tokens of the gate's own, over its maximum.
+  """
+  mean_L1 = jnp.maximum(load_LE.mean(-1, keepdims=True), 1e-9)
+  share_LE = load_LE / jnp.maximum(load_LE.sum(-1, keepdims=True), 1)
+  entropy_of_load = -jax.scipy.special.xlogy(share_LE, share_LE).sum(-1)
+  return {
+    'router/max_vio': (load_LE / mean_L1).max(-1) - 1,
+    'router/load_entropy': entropy_of_load / jnp.log(load_LE.shape[-1]),
+    'router/entropy': entropy_L,
+    'router/dead_experts': (load_LE == 0).sum(-1),
+    'router/bias_norm': jnp.linalg.norm(bias_LE, axis=-1),
+    'router/load': load_LE / mean_L1,
+  }
+
+
+def stack_bias(router: Any) -> jax.Array:
+  """The biases of all layers as [L, E]: groups in order, repeats before pattern positions."""
+  groups = sorted(router, key=lambda name: int(name.split('_')[1]))
+  stacked = []
+  for group in groups:
+    layers = sorted(router[group], key=lambda name: int(name.split('_')[1]))
+    bias = jnp.stack([router[group][name]['moe']['bias_E'] for name in layers], axis=1)
+    stacked.append(bias.reshape(-1, bias.shape[-1]))
+  return jnp.concatenate(stacked)
+
+
+def unstack_bias(router: Any, bias_LE: jax.Array) -> Any:
+  """Inverse of `stack_bias`: the tree of `router` with the values of `bias_LE`."""
+  new, at = {}, 0
+  for group in sorted(router, key=lambda name: int(name.split('_')[1])):
+    layers = sorted(router[group], key=lambda name: int(name.split('_')[1]))
+    repeats = router[group][layers[0]]['moe']['bias_E'].shape[0]
+    rows = bias_LE[at : at + repeats * len(layers)].reshape(repeats, len(layers), -1)
+    at += repeats * len(layers)
+    new[group] = {name: {'moe': {'bias_E': rows[:, i]}} for i, name in enumerate(layers)}
+  return new
+
+
+def make_train_step(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """The step of a run: (state, batch) -> (state, metrics), ready for jit with the state donated.
+
+  A refused step (see optim.guard) changes nothing but the counters.
+  """
+  model, tx = make_model(cfg), make_optimizer(cfg)
+  ideas = routing.choose(cfg.balance, cfg.routing)
+  learning_rate = schedule(cfg.optim, cfg.steps)
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    seen, grads = loss_and_grads(cfg, model, state.params, state.router, batch)
+    grad_norm = optax.global_norm(grads)
+    ok, guard = judge(state.guard, seen['loss'], grad_norm, cfg.guard)
+    clip = jnp.minimum(1.0, cfg.optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
+    grads = jax.tree.map(lambda g: g * clip, grads)
+    updates, opt = tx.update(grads, state.opt, state.params)
+    params = optax.apply_updates(state.params, updates)
+
+    metrics = {f'train/{name}': seen[name] for name in ('loss', 'lm_loss', 'balance_loss')}
+    router = state.router
+    if router:
+      bias_LE = stack_bias(router)
+      for idea in ideas:
+        bias_LE = idea.update_bias(bias_LE, seen['load_LE'])
+      router = unstack_bias(router, bias_LE)
+      metrics |= router_metrics(seen['load_LE'], seen['entropy_L'], bias_LE)
+
+    proposed = (params, router, opt)
+    kept = (state.params, state.router, state.opt)
+    params, router, opt = jax.tree.map(lambda new, old: jnp.where(ok, new, old), proposed, kept)
+    metrics |= {
+      'train/grad_norm': grad_norm,
+      'train/lr': learning_rate(state.guard.accepted),
+      'guard/skipped': (~ok).astype(jnp.int32),
+      'guard/skipped_total': guard.skipped,
+      'guard/streak': guard.streak,
+    }
+    return TrainState(state.step + 1, state.batch + 1, params, router, opt, guard), metrics
+
+  return _with_precision(cfg, train_step)
+
+
+def make_eval_step(
+  cfg: RunConfig,
+) -> Callable[[TrainState, Batch, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
+  """(state, batch, bytes_V) -> nats, targets and text bytes of the batch, each summed."""
+  model = make_model(cfg)
+
+  def eval_step(state: TrainState, batch: Batch, bytes_V: jax.Array):
+    nats, _ = _apply(model, state.params, state.router, batch)
+    mask = batch['loss_mask']
+    length_BS = bytes_V.at[batch['targets']].get(out_sharding=jax.typeof(mask).sharding)
+    return nats, mask.sum(), jnp.where(mask, length_BS, 0).sum()
+
+  return _with_precision(cfg, eval_step)
+
+
+def _with_precision(cfg: RunConfig, function: Callable) -> Callable:
+  def wrapped(*args):
+    with jax.default_matmul_precision(policy(cfg.precision).matmul):
+      return function(*args)
+
+  return wrapped
