@@ -1,4 +1,4 @@
-"""From a ConfigDict to the frozen dataclasses of `moe_jax.config`, and back to plain JSON values."""
+"""From a ConfigDict to the frozen dataclasses of `moe_jax.config`, and back to plain values."""
 
 import dataclasses
 import difflib
@@ -67,13 +67,11 @@ def _name(hint: Any) -> str:
 
 
 def to_dict(config: Any) -> Any:
-  """Turns nested dataclasses into dicts and lists, ready for JSON."""
+  """Turns nested dataclasses into dicts, ready for JSON; tuples stay tuples."""
   if dataclasses.is_dataclass(config) and not isinstance(config, type):
     return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
   if isinstance(config, Mapping):
     return {k: to_dict(v) for k, v in config.items()}
-  if isinstance(config, tuple):
-    return [to_dict(v) for v in config]
   return config
 
 

@@ -6,6 +6,8 @@ too; `model` splits heads, widths and the vocabulary. Any axis may be 1: one dev
 ambiguous operation is an error rather than a guess.
 """
 
+import math
+
 import jax
 from jax import P
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -42,8 +44,9 @@ def gathered(spec: P) -> P:
 
 
 def make_mesh(shape: tuple[int, int, int]) -> Mesh:
-  """A mesh of explicit axes (data, expert, model) over all devices."""
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3)
+  """A mesh of explicit axes (data, expert, model) over the first devices, as many as it takes."""
+  devices = jax.devices()[: math.prod(shape)]
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

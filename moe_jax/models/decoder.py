@@ -25,7 +25,7 @@ _REMAT_POLICIES = {
 
 class Output(NamedTuple):
   hidden_BSD: jax.Array  # after the final norm
-  aux: dict[str, jax.Array]  # what each MoE layer measured, stacked: leading dim L
+  aux: dict[str, jax.Array]  # what layers measured, by name: leading dim the layers that did
   cache: Any  # a list, one entry a layer group; None without a cache
 
 
@@ -43,14 +43,15 @@ class Block(nn.Module):
     attention = KINDS[self.kind.attention](
       getattr(c, self.kind.attention), c.rope, std, c.norm_eps, self.policy, name='attention'
     )
-    y_BSD, cache = attention(RMSNorm(c.norm_eps, name='attention_norm')(x_BSD), where, cache)
+    y_BSD, cache, aux = attention(RMSNorm(c.norm_eps, name='attention_norm')(x_BSD), where, cache)
     x_BSD += y_BSD
     h_BSD = RMSNorm(c.norm_eps, name='feed_forward_norm')(x_BSD)
     if self.kind.feed_forward == 'moe':
       moe = MoE(c.moe, self.balance, std, self.policy, name='moe')
-      y_BSD, aux = moe(h_BSD, where.segment_BS > 0)
+      y_BSD, seen = moe(h_BSD, where)
+      aux |= seen
     else:
-      y_BSD, aux = FeedForward(c.d_ff, std, self.policy, name='dense')(h_BSD), None
+      y_BSD = FeedForward(c.d_ff, std, self.policy, name='dense')(h_BSD)
     return x_BSD + y_BSD, cache, aux
 
 
@@ -85,13 +86,13 @@ class Decoder(nn.Module):
   balance: tuple[Idea, ...] = ()
 
   @nn.compact
-  def __call__(self, token_BS: jax.Array, where: Where, cache: Any = None) -> Output:
+  def __call__(self, where: Where, cache: Any = None) -> Output:
     """Args: `cache` from `empty_cache`, to decode; None to train."""
     c, V, D = self.cfg, self.cfg.vocab_size, self.cfg.d_model
     embedding_VD = weight(self, 'embedding_VD', (V, D), sh.EMBEDDING_VD, std=c.init_std)
     weight(self, 'head_DV', (D, V), sh.HEAD_DV, std=c.init_std)
     table_VD = jax.sharding.reshard(self.policy.cast(embedding_VD), jax.P(None, None))
-    x_BSD = table_VD.at[token_BS].get(out_sharding=sh.STREAM)
+    x_BSD = table_VD.at[where.token_BS].get(out_sharding=sh.STREAM)
 
     caches, aux = [], []
     for i, (kinds, repeats) in enumerate(group_layers(c.layers)):
@@ -117,21 +118,22 @@ def head_DV(params: Any, policy: Policy) -> jax.Array:
   return jax.sharding.reshard(policy.cast(params['head_DV']), sh.gathered(sh.HEAD_DV))
 
 
-def stack_layers(aux: list[list[Any]]) -> dict[str, jax.Array]:
-  """[group][layer of the pattern] of [repeats, ...] -> [L, ...], in the order of the layers."""
-  stacked = []
+def stack_layers(aux: list[list[dict[str, jax.Array]]]) -> dict[str, jax.Array]:
+  """[group][layer of the pattern] of [repeats, ...] -> by name, [L, ...] in the order of the
+  layers.
+
+  L counts the layers that measured the name.
+  """
+  stacked: dict[str, list[jax.Array]] = {}
   for group in aux:
-    seen = [a for a in group if a is not None]
-    if seen:
-      together = jax.tree.map(lambda *a: jnp.stack(a, axis=1), *seen)
-      stacked.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), together))
-  if not stacked:
-    return {}
-  return jax.tree.map(lambda *a: jnp.concatenate(a), *stacked)
+    for name in dict.fromkeys(name for layer in group for name in layer):
+      together = jnp.stack([layer[name] for layer in group if name in layer], axis=1)
+      stacked.setdefault(name, []).append(together.reshape(-1, *together.shape[2:]))
+  return {name: jnp.concatenate(parts) for name, parts in stacked.items()}
 
 
 def empty_cache(cfg: ModelConfig, *, batch: int, length: int, dtype: Any) -> list[list[Any]]:
-  """A cache for `length` tokens a row: a list of groups, of pattern layers, of [repeats, ...] arrays."""
+  """Room for `length` tokens a row: by group, by layer of its pattern, [repeats, ...] arrays."""
   cache = []
   for kinds, repeats in group_layers(cfg.layers):
     layers = []

@@ -1,9 +1,8 @@
 """Finds the repeats in a list of layers, so that each repeat is compiled once and scanned."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-T = TypeVar('T')
 _LONGEST_PATTERN = 4
 
 
@@ -14,7 +13,7 @@ class Group(NamedTuple):
   repeats: int
 
 
-def group_layers(layers: Sequence[T]) -> list[Group]:
+def group_layers[T](layers: Sequence[T]) -> list[Group]:
   """Covers `layers` in order by groups, each the shortest pattern that covers the most from there.
 
   [a, b, b, b] -> (a) x1, (b) x3;  [a, a, b, c, b, c, b] -> (a) x2, (b, c) x2, (b) x1.

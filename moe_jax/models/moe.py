@@ -1,4 +1,4 @@
-"""The DeepSeekMoE feed-forward: routed experts by top-k, plus shared experts that every token visits."""
+"""The DeepSeekMoE feed-forward: routed experts by top-k, plus shared ones for every token."""
 
 import flax.linen as nn
 import jax
@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from moe_jax import sharding as sh
 from moe_jax.config import MoEConfig
+from moe_jax.models.attention.base import Where
 from moe_jax.models.layers import FeedForward, weight
 from moe_jax.ops.experts import expert_mlp
 from moe_jax.ops.route import scores, top_k_route
@@ -25,13 +26,12 @@ class MoE(nn.Module):
   policy: Policy
 
   @nn.compact
-  def __call__(
-    self, x_BSD: jax.Array, valid_BS: jax.Array
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the output and, in float32: `load_E` tokens routed to each expert, `loss`, `entropy`.
+  def __call__(self, x_BSD: jax.Array, where: Where) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the output and, in float32: `load_E` tokens routed to each expert, `balance_loss`, `entropy`.
 
     Padding is routed like any token but counted nowhere.
     """
+    valid_BS = where.segment_BS > 0
     c, D, E, F = self.cfg, x_BSD.shape[-1], self.cfg.num_experts, self.cfg.d_expert
     router_DE = weight(self, 'router_DE', (D, E), sh.MATRIX_DX, std=self.std)
     gate_up_ED2F = weight(self, 'gate_up_ED2F', (E, D, 2, F), sh.EXPERTS_ED2F, std=self.std)
@@ -68,7 +68,7 @@ class MoE(nn.Module):
     entropy_BS = -jax.scipy.special.xlogy(p_BSE, p_BSE).sum(-1) / jnp.log(E)
     aux = {
       'load_E': load_E,
-      'loss': sum((idea.loss(gate) for idea in self.balance), jnp.zeros((), jnp.float32)),
+      'balance_loss': sum((idea.loss(gate) for idea in self.balance), jnp.zeros((), jnp.float32)),
       'entropy': jnp.where(valid_BS, entropy_BS, 0).sum() / jnp.maximum(valid_BS.sum(), 1),
     }
     return y_BSD, aux

@@ -1,4 +1,4 @@
-"""Decides whether a step may change anything: its loss and gradient norm must be finite and ordinary."""
+"""Whether a step may change anything: its loss and gradient norm must be finite and ordinary."""
 
 from typing import NamedTuple
 

@@ -8,9 +8,9 @@ from moe_jax.config import OptimConfig
 def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
   """Learning rate of every optimizer step.
 
-  constant: lr_peak. steps: lr_peak, times step_factor at each of step_fractions (V1, V2). cosine: down
-  to lr_end_fraction * lr_peak at the last step (V3's decay). wsd: constant, then linear to the same
-  end over the last decay_fraction of the steps (arXiv:2404.06395).
+  constant: lr_peak. steps: lr_peak, times step_factor at each of step_fractions (V1, V2). cosine:
+  down to lr_end_fraction * lr_peak at the last step (V3's decay). wsd: constant, then linear to the
+  same end over the last decay_fraction of the steps (arXiv:2404.06395).
   """
   peak, end = cfg.lr_peak, cfg.lr_peak * cfg.lr_end_fraction
   warmup = min(cfg.warmup_steps, steps)

@@ -1,6 +1,7 @@
 """Balancing ideas, one file each, chosen by name: `--config.balance=loss_free+sequence_wise`.
 
-Every module of this folder is imported and every `Idea` with a name is known; adding a file is all it takes.
+Every module of this folder is imported and every `Idea` with a name is known; adding a file is all
+it takes.
 """
 
 import dataclasses

@@ -47,7 +47,7 @@ def create(cfg: RunConfig, key: jax.Array) -> TrainState:
   rows = mesh.shape[sh.DATA] * mesh.shape[sh.EXPERT]
   token_BS = jnp.zeros((rows, 2), jnp.int32, out_sharding=sh.TOKENS)
   start_B = jnp.zeros((rows,), jnp.int32, out_sharding=sh.BY_ROW)
-  variables = make_model(cfg).init(key, token_BS, Where(token_BS, token_BS, start_B))
+  variables = make_model(cfg).init(key, Where(token_BS, token_BS, token_BS, start_B))
   params = variables['params']
   zero = jnp.zeros((), jnp.int32)
   return TrainState(

@@ -24,13 +24,13 @@ Metrics = dict[str, jax.Array]
 
 def _where(batch: Batch) -> Where:
   start_B = jnp.zeros_like(batch['tokens'][:, 0])
-  return Where(batch['positions'], batch['segments'], start_B)
+  return Where(batch['tokens'], batch['positions'], batch['segments'], start_B)
 
 
 def _apply(model: Decoder, params: Any, router: Any, batch: Batch):
   """Sum of token losses, and the model's output."""
   variables = {'params': params, 'router': router}
-  out = model.apply(variables, batch['tokens'], _where(batch))
+  out = model.apply(variables, _where(batch))
   head = head_DV(params, model.policy)
   return total_loss(out.hidden_BSD, head, batch['targets'], batch['loss_mask']), out
 
@@ -44,25 +44,37 @@ def _split(batch: Batch, parts: int) -> Batch:
   return jax.tree.map(split, batch)
 
 
+def mean_loss(
+  cfg: RunConfig, model: Decoder, params: Any, router: Any, part: Batch, *, num_targets: jax.Array
+) -> tuple[jax.Array, Metrics]:
+  """What one micro-batch adds to the loss of its batch, and what was seen on the way.
+
+  Args:
+    num_targets: valid targets of the whole batch.
+  """
+  total, out = _apply(model, params, router, part)
+  lm = total / jnp.maximum(num_targets, 1).astype(jnp.float32)
+  balance = jnp.zeros((), jnp.float32)
+  seen: Metrics = {}
+  if 'load_E' in out.aux:
+    balance = out.aux['balance_loss'].sum() / cfg.microbatches
+    seen = {'load_LE': out.aux['load_E'], 'entropy_L': out.aux['entropy'] / cfg.microbatches}
+  return lm + balance, {'loss': lm + balance, 'lm_loss': lm, 'balance_loss': balance, **seen}
+
+
 def loss_and_grads(
   cfg: RunConfig, model: Decoder, params: Any, router: Any, batch: Batch
 ) -> tuple[Metrics, Any]:
   """Losses, counts and gradients of a whole batch, computed in `cfg.microbatches` parts.
 
-  Token losses are averaged over the valid targets of the whole batch, balance losses over parts, and
-  `load_LE` counts every token of every part and device.
+  Token losses are averaged over the valid targets of the whole batch, balance losses over parts,
+  and `load_LE` counts every token of every part and device.
   """
-  num_targets = jnp.maximum(batch['loss_mask'].sum(), 1).astype(jnp.float32)
+  num_targets = batch['loss_mask'].sum()
   parts = cfg.microbatches
 
   def loss_fn(params: Any, part: Batch):
-    total, out = _apply(model, params, router, part)
-    lm = total / num_targets
-    balance = out.aux['loss'].sum() / parts if out.aux else jnp.zeros((), jnp.float32)
-    seen: Metrics = {'loss': lm + balance, 'lm_loss': lm, 'balance_loss': balance}
-    if out.aux:
-      seen |= {'load_LE': out.aux['load_E'], 'entropy_L': out.aux['entropy'] / parts}
-    return lm + balance, seen
+    return mean_loss(cfg, model, params, router, part, num_targets=num_targets)
 
   grad_fn = jax.grad(loss_fn, has_aux=True)
   if parts == 1:
@@ -81,8 +93,8 @@ def loss_and_grads(
 def router_metrics(load_LE: jax.Array, entropy_L: jax.Array, bias_LE: jax.Array) -> Metrics:
   """Per-layer health of the routing, from the counts of one global batch.
 
-  max_vio: max load / mean load - 1 (arXiv:2408.15664). load_entropy: of the share of each expert, over
-  its maximum. entropy: mean over tokens of the gate's own, over its maximum.
+  max_vio: max load / mean load - 1 (arXiv:2408.15664). load_entropy: of the share of each expert,
+  over its maximum. entropy: mean over tokens of the gate's own, over its maximum.
   """
   mean_L1 = jnp.maximum(load_LE.mean(-1, keepdims=True), 1e-9)
   share_LE = load_LE / jnp.maximum(load_LE.sum(-1, keepdims=True), 1)

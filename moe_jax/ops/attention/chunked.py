@@ -1,7 +1,7 @@
 """Dense attention one block of queries at a time: scores never exceed [B, H, block, T].
 
-Each block recomputes its scores in the backward pass, so memory is linear in the sequence. Time is bound by reading
-and writing the scores; a fused kernel does better where there is one.
+Each block recomputes its scores in the backward pass, so memory is linear in the sequence. Time is
+bound by reading and writing the scores; a fused kernel does better where there is one.
 """
 
 import functools

@@ -12,7 +12,8 @@ def visible(
 ) -> Bool[Array, 'B S T']:
   """Which keys a query may see: those of its own document, no later than itself.
 
-  Query s of row b stands at index start_B[b] + s, key t at index t. Every query sees at least itself.
+  Query s of row b stands at index start_B[b] + s, key t at index t. Every query sees at least
+  itself.
   """
   S, T = q_segment_BS.shape[1], k_segment_BT.shape[1]
   q_index_BS = start_B[:, None] + jnp.arange(S)

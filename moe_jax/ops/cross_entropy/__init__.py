@@ -29,8 +29,8 @@ def total_loss(
 ) -> Float[Array, '']:
   """Sum of the losses where `mask_BS` is true, in nats.
 
-  Long sequences go through `chunk` positions at a time, and each chunk's logits are computed again in
-  the backward pass, so that memory holds the logits of one chunk.
+  Long sequences go through `chunk` positions at a time, and each chunk's logits are computed again
+  in the backward pass, so that memory holds the logits of one chunk.
   """
   S = hidden_BSD.shape[1]
   if chunk >= S or S % chunk:

@@ -1,8 +1,8 @@
 """Routed experts over a mesh: tokens travel to their experts and back, and none is dropped.
 
-A token crosses to each device of the `expert` axis at most once, however many of its experts live there, in buckets
-of fixed size moved by all_to_all. A bucket holds as many tokens as a device has, the only size that can never
-overflow; what a bucket does not fill is sent empty.
+A token crosses to each device of the `expert` axis at most once, however many of its experts live
+there, in buckets of fixed size moved by all_to_all. A bucket holds as many tokens as a device has,
+the only size that can never overflow; what a bucket does not fill is sent empty.
 """
 
 import jax

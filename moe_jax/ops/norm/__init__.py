@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 def rms_norm(
   x: Float[Array, '... D'], weight_D: Float[Array, 'D'], *, eps: float
 ) -> Float[Array, '... D']:
-  """`weight * x / sqrt(mean(x^2) + eps)` in float32, returned in x's dtype. Source: arXiv:1910.07467."""
+  """`weight * x / sqrt(mean(x^2) + eps)` in float32, out in x's dtype. Source: arXiv:1910.07467."""
   y = x.astype(jnp.float32)
   y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
   return (y * weight_D.astype(jnp.float32)).astype(x.dtype)

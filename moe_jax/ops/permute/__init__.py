@@ -1,7 +1,7 @@
 """Tokens to rows in destination order, and back.
 
-Both directions read by index and never scatter-add, forward and backward, so results are the same from run to run.
-A destination is an expert, or a device on the way to one.
+Both directions read by index and never scatter-add, forward and backward, so results are the same
+from run to run. A destination is an expert, or a device on the way to one.
 """
 
 from typing import NamedTuple
@@ -42,7 +42,7 @@ def sort_by_destination(
 
 
 def bucket_by_destination(visits_TE: Bool[Array, 'T E']) -> Plan:
-  """Lays tokens out in one bucket of T rows for each destination they visit, filled from the front."""
+  """Lays tokens out in one bucket of T rows for each destination, filled from the front."""
   T, E = visits_TE.shape
   place_TE = jnp.cumsum(visits_TE, axis=0) - 1
   row_TE = jnp.where(visits_TE, jnp.arange(E) * T + place_TE, E * T)

@@ -23,8 +23,8 @@ def keep_top_groups(
 ) -> Float[Array, '... E']:
   """Sets experts outside a token's best groups to -inf.
 
-  A group's score is its largest choice score (`max`: V2, group_limited_greedy) or the sum of its two
-  largest (`top2`: V3).
+  A group's score is its largest choice score (`max`: V2, group_limited_greedy) or the sum of its
+  two largest (`top2`: V3).
   """
   if top_groups == num_groups:
     return choice_E

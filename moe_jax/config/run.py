@@ -1,220 +1,18 @@
-"""Every setting of a run, as frozen dataclasses that refuse impossible values.
+"""A run: its model, optimizer, data, mesh, and what it writes down.
 
-`moe_jax.config_io.build` makes a `RunConfig` from a ConfigDict once, at the door of the program; below it nothing
-reads a dictionary. A field's comment gives its unit; a rule that ties fields together stands in `__post_init__`.
+A field's comment gives its unit; a rule that ties fields together stands in `__post_init__`.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-ATTENTION_KINDS = ('full', 'mla')
-FEED_FORWARD_KINDS = ('dense', 'moe')
-SCORES = ('softmax', 'sigmoid')
-GROUP_SCORES = ('max', 'top2')
-REMAT = ('none', 'full', 'dots')
+from moe_jax.config.model import ModelConfig
+from moe_jax.config.rules import not_negative, one_of, positive, require
+
 SCHEDULES = ('constant', 'steps', 'cosine', 'wsd')
 PRECISIONS = ('float32', 'bfloat16')
 TRACKERS = ('none', 'wandb', 'trackio')
-
-
-def require(claim: bool, field: str, value: Any, rule: str, remedy: str) -> None:
-  """Raises the one-line ValueError of this project: field, value, rule, remedy."""
-  if not claim:
-    raise ValueError(f'{field}={value!r} {rule}. {remedy}')
-
-
-def _positive(obj: Any, prefix: str, *names: str) -> None:
-  for name in names:
-    value = getattr(obj, name)
-    require(value > 0, f'{prefix}.{name}', value, 'must be positive', 'Give a value above 0.')
-
-
-def _not_negative(obj: Any, prefix: str, *names: str) -> None:
-  for name in names:
-    value = getattr(obj, name)
-    require(value >= 0, f'{prefix}.{name}', value, 'must not be negative', 'Give 0 or more.')
-
-
-def _one_of(obj: Any, prefix: str, name: str, choices: tuple[str, ...]) -> None:
-  value = getattr(obj, name)
-  require(
-    value in choices,
-    f'{prefix}.{name}',
-    value,
-    f'is not one of {", ".join(choices)}',
-    'Choose one of these.',
-  )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-  """Rotary embeddings; YaRN when `yarn_factor` is above 1. Source: arXiv:2309.00071."""
-
-  base: float = 10_000.0
-  yarn_factor: float = 1.0
-  yarn_original_length: int = 4096  # tokens the model was trained on before the extension
-  yarn_beta_fast: float = 32.0
-  yarn_beta_slow: float = 1.0
-  # softmax scale times (0.1 * this * ln(yarn_factor) + 1)^2
-  yarn_mscale_all_dim: float = 1.0
-
-  def __post_init__(self):
-    _positive(self, 'model.rope', 'base', 'yarn_original_length', 'yarn_beta_fast')
-    require(
-      self.yarn_factor >= 1,
-      'model.rope.yarn_factor',
-      self.yarn_factor,
-      'must be at least 1',
-      'Use 1 for plain rotary embeddings.',
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FullAttentionConfig:
-  """Multi-head attention with half-split rotary embeddings (DeepSeekMoE-16B)."""
-
-  num_heads: int = 4
-  d_head: int = 32
-
-  def __post_init__(self):
-    _positive(self, 'model.full', 'num_heads', 'd_head')
-    require(
-      self.d_head % 2 == 0,
-      'model.full.d_head',
-      self.d_head,
-      'must be even: rotary embeddings turn pairs',
-      'Add or remove one.',
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MLAConfig:
-  """Multi-head latent attention (DeepSeek-V2, V3). Source: arXiv:2405.04434, section 2.1."""
-
-  num_heads: int = 4
-  d_nope: int = 32
-  d_rope: int = 16
-  d_value: int = 32
-  kv_rank: int = 64
-  q_rank: int = 0  # 0: queries straight from the input, as in V2-Lite
-
-  def __post_init__(self):
-    _positive(self, 'model.mla', 'num_heads', 'd_nope', 'd_rope', 'd_value', 'kv_rank')
-    _not_negative(self, 'model.mla', 'q_rank')
-    require(
-      self.d_rope % 2 == 0,
-      'model.mla.d_rope',
-      self.d_rope,
-      'must be even: rotary embeddings turn pairs',
-      'Add or remove one.',
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MoEConfig:
-  """Routed and shared experts of one layer (DeepSeekMoE). Source: arXiv:2401.06066, 2412.19437."""
-
-  num_experts: int = 16
-  top_k: int = 4
-  d_expert: int = 64
-  num_shared: int = 1  # shared experts, computed as one feed-forward of this many times d_expert
-  score: str = 'sigmoid'
-  num_groups: int = 1
-  top_groups: int = 1
-  group_score: str = 'top2'
-  normalize_weights: bool = True
-  weight_scale: float = 1.0
-
-  def __post_init__(self):
-    _positive(self, 'model.moe', 'num_experts', 'top_k', 'd_expert', 'num_groups', 'top_groups')
-    _not_negative(self, 'model.moe', 'num_shared')
-    _one_of(self, 'model.moe', 'score', SCORES)
-    _one_of(self, 'model.moe', 'group_score', GROUP_SCORES)
-    E, K, G, M = self.num_experts, self.top_k, self.num_groups, self.top_groups
-    require(
-      K <= E,
-      'model.moe.top_k',
-      K,
-      f'must lie in [1, num_experts={E}]: a token cannot visit more experts than exist',
-      'Lower top_k or raise num_experts.',
-    )
-    require(
-      E % G == 0,
-      'model.moe.num_groups',
-      G,
-      f'must divide num_experts={E}: groups are of equal size',
-      'Choose a divisor.',
-    )
-    require(
-      M <= G,
-      'model.moe.top_groups',
-      M,
-      f'must lie in [1, num_groups={G}]',
-      'Lower top_groups.',
-    )
-    require(
-      K <= M * (E // G),
-      'model.moe.top_k',
-      K,
-      f'exceeds the {M * (E // G)} experts in the top_groups={M} groups a token may use',
-      'Lower top_k or raise top_groups.',
-    )
-    require(
-      self.group_score != 'top2' or G == 1 or E // G >= 2,
-      'model.moe.group_score',
-      self.group_score,
-      f'needs at least 2 experts in a group, not {E // G}',
-      "Use group_score='max' or fewer groups.",
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerKind:
-  """What one decoder layer is made of; equal neighbours are scanned."""
-
-  attention: str
-  feed_forward: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-  """One definition for the family: a layer is an attention kind and a feed-forward kind."""
-
-  vocab_size: int = 4096
-  d_model: int = 128
-  num_layers: int = 4
-  num_dense_layers: int = 1  # the first layers have a dense feed-forward, the others experts
-  d_ff: int = 384  # width of the dense feed-forward
-  attention: str = 'mla'
-  norm_eps: float = 1e-6
-  init_std: float = 0.006
-  remat: str = 'none'
-  full: FullAttentionConfig = FullAttentionConfig()
-  mla: MLAConfig = MLAConfig()
-  moe: MoEConfig = MoEConfig()
-  rope: RopeConfig = RopeConfig()
-
-  def __post_init__(self):
-    _positive(self, 'model', 'vocab_size', 'd_model', 'num_layers', 'd_ff', 'norm_eps', 'init_std')
-    _one_of(self, 'model', 'attention', ATTENTION_KINDS)
-    _one_of(self, 'model', 'remat', REMAT)
-    require(
-      0 <= self.num_dense_layers <= self.num_layers,
-      'model.num_dense_layers',
-      self.num_dense_layers,
-      f'must lie in [0, num_layers={self.num_layers}]',
-      'Lower it or add layers.',
-    )
-
-  @property
-  def layers(self) -> tuple[LayerKind, ...]:
-    dense = [LayerKind(self.attention, 'dense')] * self.num_dense_layers
-    return (*dense, *[LayerKind(self.attention, 'moe')] * (self.num_layers - len(dense)))
-
-  @property
-  def num_heads(self) -> int:
-    return self.mla.num_heads if self.attention == 'mla' else self.full.num_heads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,9 +36,9 @@ class OptimConfig:
   clip_norm: float = 1.0
 
   def __post_init__(self):
-    _positive(self, 'optim', 'lr_peak', 'eps', 'clip_norm', 'step_factor')
-    _not_negative(self, 'optim', 'warmup_steps', 'weight_decay', 'lr_end_fraction')
-    _one_of(self, 'optim', 'schedule', SCHEDULES)
+    positive(self, 'optim', 'lr_peak', 'eps', 'clip_norm', 'step_factor')
+    not_negative(self, 'optim', 'warmup_steps', 'weight_decay', 'lr_end_fraction')
+    one_of(self, 'optim', 'schedule', SCHEDULES)
     for name in ('b1', 'b2'):
       value = getattr(self, name)
       require(
@@ -276,8 +74,8 @@ class GuardConfig:
   max_rollbacks: int = 3
 
   def __post_init__(self):
-    _positive(self, 'guard', 'window', 'min_samples', 'sigmas', 'rollback_after')
-    _not_negative(self, 'guard', 'max_rollbacks')
+    positive(self, 'guard', 'window', 'min_samples', 'sigmas', 'rollback_after')
+    not_negative(self, 'guard', 'max_rollbacks')
     require(
       2 <= self.min_samples <= self.window,
       'guard.min_samples',
@@ -291,8 +89,8 @@ class GuardConfig:
 class DomainConfig:
   """One kind of text in the mixture.
 
-  `source` is `plays` or `code` (installed with the package), `synthetic`, or a path: a .jsonl file with a "text"
-  field, a .txt or .md file, or a folder of these.
+  `source` is `plays` or `code` (installed with the package), `synthetic`, or a path: a .jsonl file
+  with a "text" field, a .txt or .md file, or a folder of these.
   """
 
   source: str
@@ -300,8 +98,8 @@ class DomainConfig:
   max_megabytes: float = 0.0  # read at most this much text; 0 reads it all
 
   def __post_init__(self):
-    _positive(self, 'data.domains.*', 'weight')
-    _not_negative(self, 'data.domains.*', 'max_megabytes')
+    positive(self, 'data.domains.*', 'weight')
+    not_negative(self, 'data.domains.*', 'max_megabytes')
     require(bool(self.source), 'data.domains.*.source', self.source, 'is empty', 'Name a source.')
 
 
@@ -321,7 +119,7 @@ class DataConfig:
   cache_dir: str = ''  # tokenized text; empty: under the user's cache folder
 
   def __post_init__(self):
-    _positive(self, 'data', 'batch_size')
+    positive(self, 'data', 'batch_size')
     require(
       self.sequence_length >= 2,
       'data.sequence_length',
@@ -354,7 +152,7 @@ class MeshConfig:
   model: int = 1
 
   def __post_init__(self):
-    _positive(self, 'mesh', 'expert', 'model')
+    positive(self, 'mesh', 'expert', 'model')
     require(
       self.data == -1 or self.data > 0,
       'mesh.data',
@@ -383,7 +181,7 @@ class CheckpointConfig:
   keep: int = 3
 
   def __post_init__(self):
-    _positive(self, 'checkpoint', 'interval_steps')
+    positive(self, 'checkpoint', 'interval_steps')
     require(
       self.keep >= 2,
       'checkpoint.keep',
@@ -399,7 +197,7 @@ class EvalConfig:
   batches: int = 8
 
   def __post_init__(self):
-    _positive(self, 'eval', 'interval_steps', 'batches')
+    positive(self, 'eval', 'interval_steps', 'batches')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -412,8 +210,8 @@ class LogConfig:
   project: str = 'moe_jax'
 
   def __post_init__(self):
-    _positive(self, 'log', 'load_interval_steps')
-    _one_of(self, 'log', 'tracker', TRACKERS)
+    positive(self, 'log', 'load_interval_steps')
+    one_of(self, 'log', 'tracker', TRACKERS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -426,7 +224,7 @@ class SampleConfig:
   top_p: float = 0.95
 
   def __post_init__(self):
-    _not_negative(self, 'sample', 'num_tokens', 'temperature')
+    not_negative(self, 'sample', 'num_tokens', 'temperature')
     require(
       0 < self.top_p <= 1, 'sample.top_p', self.top_p, 'must lie in (0, 1]', 'Use 1 for no cut.'
     )
@@ -434,7 +232,7 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-  """A whole run. `balance` names ideas of moe_jax.routing joined by '+', `routing` holds their fields."""
+  """A whole run. `balance` names ideas of moe_jax.routing, joined by '+'; `routing` has their fields."""
 
   seed: int = 0
   steps: int = 100
@@ -442,7 +240,7 @@ class RunConfig:
   precision: str = 'float32'
   balance: str = 'loss_free+sequence_wise'
   routing: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-  model: ModelConfig = ModelConfig()
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   optim: OptimConfig = OptimConfig()
   guard: GuardConfig = GuardConfig()
   data: DataConfig = DataConfig()
@@ -453,8 +251,8 @@ class RunConfig:
   sample: SampleConfig = SampleConfig()
 
   def __post_init__(self):
-    _positive(self, 'config', 'steps', 'microbatches')
-    _one_of(self, 'config', 'precision', PRECISIONS)
+    positive(self, 'config', 'steps', 'microbatches')
+    one_of(self, 'config', 'precision', PRECISIONS)
     require(
       self.data.batch_size % self.microbatches == 0,
       'microbatches',
@@ -479,8 +277,8 @@ class RunConfig:
       f'{data * expert} devices (mesh.data * mesh.expert) that share them',
       f'Use a multiple of {data * expert * self.microbatches}.',
     )
-    sizes = {
-      'heads': m.num_heads,
+    kinds = {layer.attention for layer in m.layers}
+    sizes = {f'{kind}.num_heads': getattr(m, kind).num_heads for kind in sorted(kinds)} | {
       'd_ff': m.d_ff,
       'vocab_size': m.vocab_size,
       'd_expert': m.moe.d_expert,

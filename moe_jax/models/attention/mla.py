@@ -1,102 +1,21 @@
-"""Attention kinds. Each reads the normed stream and, when decoding, its cache; a new kind is a new class."""
+"""Multi-head latent attention."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from moe_jax import sharding as sh
-from moe_jax.config import FullAttentionConfig, MLAConfig, RopeConfig
+from moe_jax.config import MLAConfig, RopeConfig
+from moe_jax.models.attention.base import Cache, Where, append, cached_segments, rope_frequencies
 from moe_jax.models.layers import RMSNorm, matmul, weight
 from moe_jax.ops.attention import attention, latent_attention, visible
-from moe_jax.ops.rope import frequencies, rotate_adjacent, rotate_half_split, yarn_softmax_factor
+from moe_jax.ops.rope import rotate_adjacent, yarn_softmax_factor
 from moe_jax.precision import Policy
 
-# B batch  S new tokens  T cached tokens  D model  H heads  N nope width  C rope width  V value width
-# R key-value latent width  Q query latent width
-
-Cache = dict[str, jax.Array]
-
-
-class Where(NamedTuple):
-  """Where the new tokens stand, the same for every layer.
-
-  Without a cache the new tokens are all there is, and `start_B` is 0.
-  """
-
-  position_BS: jax.Array  # int32, within the document
-  segment_BS: jax.Array  # int32 document number, 0 for padding
-  start_B: jax.Array  # int32 tokens in the cache before the new ones
-
-
-def append(cache: Cache, new: Cache, start_B: jax.Array) -> Cache:
-  """Writes the new tokens' entries [B, S, ...] behind the `start_B` already there."""
-
-  def write(old, rows, start):
-    return jax.lax.dynamic_update_slice_in_dim(old, rows.astype(old.dtype), start, axis=0)
-
-  return {name: jax.vmap(write)(cache[name], new[name], start_B) for name in cache}
-
-
-def _rope_frequencies(width: int, rope: RopeConfig):
-  return frequencies(
-    width,
-    base=rope.base,
-    yarn_factor=rope.yarn_factor,
-    yarn_original_length=rope.yarn_original_length,
-    yarn_beta_fast=rope.yarn_beta_fast,
-    yarn_beta_slow=rope.yarn_beta_slow,
-  )
-
-
-def _cached_segments(cache_entry: jax.Array) -> jax.Array:
-  # a cache holds one document a row; the causal rule hides what is not filled yet
-  return jnp.ones(cache_entry.shape[:2], jnp.int32)
-
-
-class FullAttention(nn.Module):
-  """Multi-head attention with half-split rotary embeddings (DeepSeekMoE-16B)."""
-
-  cfg: FullAttentionConfig
-  rope: RopeConfig
-  std: float
-  eps: float
-  policy: Policy
-
-  @nn.compact
-  def __call__(self, x_BSD: jax.Array, where: Where, cache: Cache | None):
-    D, H, C = x_BSD.shape[-1], self.cfg.num_heads, self.cfg.d_head
-    q_BSHC, k_BSHC, v_BSHC = (
-      matmul(
-        'bsd,dhc->bshc',
-        x_BSD,
-        weight(self, f'{name}_DHC', (D, H, C), sh.HEADS_DHC, std=self.std),
-        sh.HEADS_DHC,
-        policy=self.policy,
-      )
-      for name in ('q', 'k', 'v')
-    )
-    out_HCD = weight(self, 'out_HCD', (H, C, D), sh.HEADS_HCD, std=self.std)
-    freq = _rope_frequencies(C, self.rope)
-    q_BSHC = rotate_half_split(q_BSHC, where.position_BS, freq)
-    k_BSHC = rotate_half_split(k_BSHC, where.position_BS, freq)
-    k_segment = q_segment = where.segment_BS
-    if cache is not None:
-      cache = append(cache, {'k_BTHC': k_BSHC, 'v_BTHC': v_BSHC}, where.start_B)
-      k_BSHC, v_BSHC = (cache[n].astype(x_BSD.dtype) for n in ('k_BTHC', 'v_BTHC'))
-      k_segment, q_segment = _cached_segments(k_BSHC), jnp.ones_like(q_segment)
-    scale = C**-0.5 * yarn_softmax_factor(self.rope.yarn_factor, self.rope.yarn_mscale_all_dim)
-    o_BSHC = attention(q_BSHC, k_BSHC, v_BSHC, q_segment, k_segment, where.start_B, scale=scale)
-    y_BSD = matmul(
-      'bshc,hcd->bsd', o_BSHC, out_HCD, sh.HEADS_HCD, policy=self.policy, out=sh.STREAM
-    )
-    return y_BSD, cache
-
-  @staticmethod
-  def empty_cache(cfg: FullAttentionConfig, batch: int, length: int, dtype: Any) -> Cache:
-    shape = (batch, length, cfg.num_heads, cfg.d_head)
-    return {n: jnp.zeros(shape, dtype, out_sharding=sh.HEADS) for n in ('k_BTHC', 'v_BTHC')}
+# B batch  S new tokens  T cached tokens  D model  H heads  N nope width  C rope width  V value
+# width R key-value latent width  Q query latent width
 
 
 class MLA(nn.Module):
@@ -119,7 +38,7 @@ class MLA(nn.Module):
     key_RHN = weight(self, 'key_up_RHN', (R, H, N), sh.HEADS_DHC, std=self.std)
     value_RHV = weight(self, 'value_up_RHV', (R, H, V), sh.HEADS_DHC, std=self.std)
     out_HVD = weight(self, 'out_HVD', (H, V, D), sh.HEADS_HCD, std=self.std)
-    freq = _rope_frequencies(C, self.rope)
+    freq = rope_frequencies(C, self.rope)
     scale = (N + C) ** -0.5 * yarn_softmax_factor(
       self.rope.yarn_factor, self.rope.yarn_mscale_all_dim
     )
@@ -152,14 +71,14 @@ class MLA(nn.Module):
       cache = append(cache, {'latent_BTR': latent_BSR, 'rope_BTC': rope_BSC}, where.start_B)
       latent_BTR, rope_BTC = (cache[n].astype(x_BSD.dtype) for n in ('latent_BTR', 'rope_BTC'))
       ones_BS = jnp.ones_like(where.segment_BS)
-      visible_BST = visible(ones_BS, _cached_segments(latent_BTR), where.start_B)
+      visible_BST = visible(ones_BS, cached_segments(latent_BTR), where.start_B)
       q_BSHR = up('bshn,rhn->bshr', q_BSHN, key_RHN)
       o_BSHR = latent_attention(q_BSHR, q_BSHC, latent_BTR, rope_BTC, visible_BST, scale=scale)
       o_BSHV = up('bshr,rhv->bshv', o_BSHR, value_RHV)
     y_BSD = matmul(
       'bshv,hvd->bsd', o_BSHV, out_HVD, sh.HEADS_HCD, policy=self.policy, out=sh.STREAM
     )
-    return y_BSD, cache
+    return y_BSD, cache, {}
 
   def _queries(self, x_BSD: jax.Array) -> jax.Array:
     c, D = self.cfg, x_BSD.shape[-1]
@@ -178,6 +97,3 @@ class MLA(nn.Module):
       'latent_BTR': jnp.zeros((batch, length, cfg.kv_rank), dtype, out_sharding=sh.STREAM),
       'rope_BTC': jnp.zeros((batch, length, cfg.d_rope), dtype, out_sharding=sh.STREAM),
     }
-
-
-KINDS = {'full': FullAttention, 'mla': MLA}

@@ -1,0 +1,37 @@
+"""python -m experiments.bench --suite=grouped_matmul [--out=FOLDER] [--only=TEXT]
+
+On a GPU the rows are kept in experiments/bench/results/<suite>.json. Elsewhere the suite runs tiny
+shapes, to show that it works, and keeps nothing.
+"""
+
+import argparse
+import importlib
+import os
+import pathlib
+import pkgutil
+
+# torch's rows run in the same process and need memory too
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+
+import jax
+
+from experiments.bench import suites, table
+
+
+def main() -> None:
+  names = sorted(module.name for module in pkgutil.iter_modules(suites.__path__))
+  parser = argparse.ArgumentParser(prog='python -m experiments.bench')
+  parser.add_argument('--suite', choices=names, required=True)
+  parser.add_argument('--out', type=pathlib.Path, default=table.RESULTS)
+  parser.add_argument('--only', default='', help='shapes whose name contains this text')
+  args = parser.parse_args()
+  suite = importlib.import_module(f'experiments.bench.suites.{args.suite}')
+  device = jax.devices()[0]
+  rows = suite.run(args.only)
+  table.show(rows, f'{args.suite} on {device.device_kind}, jax {jax.__version__}')
+  if device.platform == 'gpu' and not args.only:
+    print(f'kept in {table.save(rows, args.suite, args.out)}')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,189 @@
+"""Grouped matmul in bfloat16: forward, gradient in x (dgrad), gradient in w (wgrad).
+
+Each shape runs with uneven group sizes, as a router in training gives, with even and with Zipf
+ones. `dense` is XLA's plain matmul of as many operations with one matrix: the ceiling. `torch` is
+torch._grouped_mm in the same process. Times are of the op as it is called, from sizes to result.
+"""
+
+# R rows  D in  F out  E experts
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench import table, timing
+from moe_jax.ops.grouped_matmul import grouped_matmul, layout, mosaic_gpu, weight_grad, xla
+from moe_jax.ops.grouped_matmul.specs import LARGE, SIZES, Spec, even
+
+# TFLOP/s of large dense bfloat16 matmuls under the chip's power limit, not the data sheet's 989
+LIMIT = 790.0
+_BACKENDS = {'mosaic': mosaic_gpu, 'xla': xla}
+
+
+def run(only: str = '') -> list[table.Row]:
+  rows = []
+  for spec, label in cases():
+    if only in spec.name:
+      rows += [dataclasses.replace(row, sizes=label) for row in run_case(spec)]
+      table.show(rows[-12:], f'{spec} {label}')
+  return rows
+
+
+def cases() -> Iterator[tuple[Spec, str]]:
+  if jax.default_backend() != 'gpu':
+    yield Spec(name='tiny', rows=512, d=64, f=128, sizes=even(512, 4)), 'even'
+    return
+  for spec in LARGE:
+    for label, sizes in SIZES.items():
+      yield dataclasses.replace(spec, sizes=sizes(spec.rows, len(spec.sizes))), label
+
+
+@functools.partial(jax.jit, static_argnames='implementation')
+def forward(x, w, sizes, implementation):
+  return grouped_matmul(x, w, sizes, implementation=implementation)
+
+
+@functools.partial(jax.jit, static_argnames='implementation')
+def dgrad(dy, w, sizes, implementation):
+  offsets = layout.compact_offsets(sizes)
+  return _BACKENDS[implementation].forward(dy, w, offsets, sizes, transpose_w=True)
+
+
+@functools.partial(jax.jit, static_argnames=('implementation', 'dtype'))
+def wgrad(x, dy, sizes, implementation, dtype):
+  return weight_grad(x, dy, sizes, dtype=dtype, implementation=implementation)
+
+
+@jax.jit
+def dense(x, w):
+  return jnp.matmul(x, w, preferred_element_type=jnp.bfloat16)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def data(spec: Spec) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """x, w and dy; sizes do not matter to them."""
+  kx, kw, ky = jax.random.split(jax.random.key(0), 3)
+  x = jax.random.normal(kx, (spec.rows, spec.d), jnp.bfloat16)
+  w = jax.random.normal(kw, (len(spec.sizes), spec.d, spec.f), jnp.bfloat16) * spec.d**-0.5
+  return x, w.astype(jnp.bfloat16), jax.random.normal(ky, (spec.rows, spec.f), jnp.bfloat16)
+
+
+def run_case(spec: Spec) -> list[table.Row]:
+  x, w, dy = data(spec)
+  sizes = jnp.asarray(spec.sizes, jnp.int32)
+  shape = f'{spec} R{spec.rows} D{spec.d} F{spec.f} E{len(spec.sizes)}'
+  rows = []
+
+  def add(work: str, by: str, fn: Callable, *args: jax.Array, exact: Callable | None = None):
+    error = None if exact is None else exact(fn(*args))
+    measured = timing.measure_jax(fn, *args)
+    rows.append(
+      table.row_of(
+        measured,
+        amount=spec.flops,
+        limit=LIMIT,
+        unit='TFLOP/s',
+        work=work,
+        shape=shape,
+        sizes='',
+        by=by,
+        error=error,
+      )
+    )
+
+  on_gpu = jax.default_backend() == 'gpu'
+  if on_gpu:
+    add('fwd', 'dense', dense, x, w[0])
+  for by in ('mosaic', 'xla') if on_gpu and mosaic_gpu.on_hopper() else ('xla',):
+    if by == 'xla' and on_gpu and spec.name != 'v2_lite':
+      continue
+    use = functools.partial
+    add('fwd', by, use(forward, implementation=by), x, w, sizes, exact=check_rows(spec, x, w))
+    transposed = check_rows(spec, dy, w.swapaxes(1, 2))
+    add('dgrad', by, use(dgrad, implementation=by), dy, w, sizes, exact=transposed)
+    for dtype in ('bfloat16', 'float32'):
+      fn = use(wgrad, implementation=by, dtype=dtype)
+      add(f'wgrad {dtype}', by, fn, x, dy, sizes, exact=check_weights(spec, x, dy))
+  return rows + torch_rows(spec, shape)
+
+
+def _some_experts(spec: Spec) -> list[tuple[int, int, int]]:
+  """Expert, first row and end of the first, the largest and the last that has rows."""
+  ends = np.cumsum(spec.sizes)
+  have = [e for e, size in enumerate(spec.sizes) if size]
+  some = {have[0], int(np.argmax(spec.sizes)), have[-1]}
+  return [(e, int(ends[e]) - spec.sizes[e], int(ends[e])) for e in sorted(some)]
+
+
+def _error(got: jax.Array, exact: np.ndarray) -> float:
+  return float(np.linalg.norm(np.asarray(got, np.float64) - exact) / np.linalg.norm(exact))
+
+
+def check_rows(spec: Spec, x: jax.Array, w: jax.Array) -> Callable[[jax.Array], float]:
+  """Relative error against float64 over the edges of some groups."""
+
+  def check(y: jax.Array) -> float:
+    worst = 0.0
+    for e, start, end in _some_experts(spec):
+      at = np.unique(np.r_[start : min(start + 8, end), max(start, end - 8) : end])
+      exact = np.asarray(x[at], np.float64) @ np.asarray(w[e], np.float64)
+      worst = max(worst, _error(y[at], exact))
+    return worst
+
+  return check
+
+
+def check_weights(spec: Spec, x: jax.Array, dy: jax.Array) -> Callable[[jax.Array], float]:
+  """Relative error against float64 over a corner of some experts."""
+
+  def check(dw: jax.Array) -> float:
+    worst = 0.0
+    for e, start, end in _some_experts(spec):
+      x_part = np.asarray(x[start:end, :128], np.float64)
+      exact = x_part.T @ np.asarray(dy[start:end, -128:], np.float64)
+      worst = max(worst, _error(dw[e, :128, -128:], exact))
+    return worst
+
+  return check
+
+
+def torch_rows(spec: Spec, shape: str) -> list[table.Row]:
+  try:
+    import torch
+  except ImportError:
+    return []
+  if not torch.cuda.is_available():
+    return []
+  make = functools.partial(torch.randn, device='cuda', dtype=torch.bfloat16)
+  x, dy = make(spec.rows, spec.d), make(spec.rows, spec.f)
+  w = make(len(spec.sizes), spec.d, spec.f)
+  ends = torch.tensor(np.cumsum(spec.sizes), device='cuda', dtype=torch.int32)
+  # the layouts of torch's own MoE layers: weights [E, F, D], used transposed in the forward pass
+  w_t = w.transpose(1, 2).contiguous().transpose(1, 2)
+  calls = {
+    'fwd': lambda: torch._grouped_mm(x, w_t, offs=ends),
+    'dgrad': lambda: torch._grouped_mm(dy, w_t.transpose(1, 2), offs=ends),
+    'wgrad bfloat16': lambda: torch._grouped_mm(x.t(), dy, offs=ends),
+  }
+  rows = []
+  for work, call in calls.items():
+    measured = timing.measure(call, [()], block=lambda _: torch.cuda.synchronize())
+    rows.append(
+      table.row_of(
+        measured,
+        amount=spec.flops,
+        limit=LIMIT,
+        unit='TFLOP/s',
+        work=work,
+        shape=shape,
+        sizes='',
+        by='torch',
+      )
+    )
+  del x, dy, w, w_t
+  torch.cuda.empty_cache()
+  return rows

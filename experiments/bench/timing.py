@@ -1,0 +1,53 @@
+"""How a number is measured here: warm, from cold cache, the median of blocked repeats."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+
+# inputs together larger than this cannot have stayed in any chip's last-level cache
+_COLD_BYTES = 256 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+  median_s: float
+  # (slowest - fastest) / median over the repeats
+  spread: float
+
+
+def num_copies(args: Sequence[jax.Array]) -> int:
+  """Copies of the inputs to go round, so that each call finds its own evicted."""
+  return min(16, max(1, -(-_COLD_BYTES // max(1, sum(a.nbytes for a in args)))))
+
+
+def measure(
+  call: Callable, args: Sequence, *, block: Callable, repeats: int = 10, repeat_s: float = 0.02
+) -> Timing:
+  """Times `call(*args)` over `repeats` blocks of back-to-back calls of about `repeat_s` each.
+
+  Args:
+    args: one tuple of arguments for each copy of the inputs (`num_copies`).
+    block: waits until the result of a call is there.
+  """
+
+  def loop(calls: int) -> float:
+    start = time.perf_counter()
+    for i in range(calls):
+      result = call(*args[i % len(args)])
+    block(result)
+    return (time.perf_counter() - start) / calls
+
+  loop(2)
+  calls = max(2, round(repeat_s / loop(3)))
+  times = [loop(calls) for _ in range(repeats)]
+  median = statistics.median(times)
+  return Timing(median, (max(times) - min(times)) / median)
+
+
+def measure_jax(fn: Callable, *args: jax.Array, repeats: int = 10) -> Timing:
+  """`fn` is jitted already, or compiled."""
+  copies = [args] + [jax.tree.map(lambda a: a + 0, args) for _ in range(num_copies(args) - 1)]
+  return measure(fn, copies, block=jax.block_until_ready, repeats=repeats)

@@ -1,0 +1,106 @@
+"""Times every tile on every large shape and keeps the best in
+moe_jax/ops/grouped_matmul/tiles.json.
+
+  python -m experiments.bench.tune_grouped_matmul [--only=v2_lite] [--out=tiles.json]
+
+Group sizes are the uneven ones. First the tile shapes, at one strip height; then the heights, for
+the best shape. Needs a Hopper GPU.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import datetime
+import functools
+import json
+import os
+import pathlib
+import sys
+
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+
+import jax
+import jax.numpy as jnp
+
+from experiments.bench import timing
+from experiments.bench.suites.grouped_matmul import data
+from moe_jax.ops.grouped_matmul import layout, mosaic_gpu, tiles
+from moe_jax.ops.grouped_matmul.specs import LARGE, SIZES, Spec
+
+STRIPS = (4, 8, 16, 32)
+
+
+def tune(spec: Spec) -> dict[str, tuple[tiles.Tile, float]]:
+  """Best tile and its TFLOP/s for each op on one shape."""
+  x, w, dy = data(spec)
+  sizes = jnp.asarray(spec.sizes, jnp.int32)
+  offsets = layout.compact_offsets(sizes)
+  calls = {
+    'forward': (mosaic_gpu.forward, (x, w, offsets, sizes), spec.d, spec.f),
+    'dgrad': (
+      functools.partial(mosaic_gpu.forward, transpose_w=True),
+      (dy, w, offsets, sizes),
+      spec.f,
+      spec.d,
+    ),
+    'wgrad': (
+      functools.partial(mosaic_gpu.weight_grad, dtype=jnp.dtype('bfloat16')),
+      (x, dy, offsets, sizes),
+      spec.d,
+      spec.f,
+    ),
+  }
+  best = {}
+  for op, (fn, args, k, n) in calls.items():
+    rates = _rates(fn, args, tiles.candidates(op, n), spec.flops)
+    winner = max(rates, key=rates.__getitem__)
+    strips = [dataclasses.replace(winner, strip=s) for s in STRIPS if s != winner.strip]
+    rates |= _rates(fn, args, strips, spec.flops)
+    winner = max(rates, key=rates.__getitem__)
+    best[tiles.shape_key(op, spec.rows, k, n, len(spec.sizes))] = winner, rates[winner]
+    for tile, rate in sorted(rates.items(), key=lambda item: -item[1]):
+      print(f'{spec} {op:<8} {rate:6.0f} TFLOP/s  {tile}', flush=True)
+  return best
+
+
+def _rates(fn, args, candidates: list[tiles.Tile], flops: int) -> dict[tiles.Tile, float]:
+  """TFLOP/s of each tile. Compiles side by side, since that takes far longer than the runs."""
+
+  def compiled(tile: tiles.Tile):
+    return jax.jit(functools.partial(fn, tile=tile)).lower(*args).compile()
+
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    ready = list(pool.map(compiled, candidates))
+  return {
+    tile: flops / timing.measure_jax(call, *args).median_s / 1e12
+    for tile, call in zip(candidates, ready, strict=True)
+  }
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(prog='python -m experiments.bench.tune_grouped_matmul')
+  parser.add_argument('--only', default='', help='shapes whose name contains this text')
+  parser.add_argument('--out', type=pathlib.Path, default=tiles.TABLE)
+  args = parser.parse_args()
+  if not mosaic_gpu.on_hopper():
+    sys.exit(f'tuning needs a Hopper GPU, this is {jax.devices()[0].device_kind}')
+  table = json.loads(tiles.TABLE.read_text())['tiles'] if tiles.TABLE.exists() else {}
+  measured = {}
+  for spec in LARGE:
+    if args.only in spec.name:
+      sizes = SIZES['uneven'](spec.rows, len(spec.sizes))
+      measured |= tune(dataclasses.replace(spec, sizes=sizes))
+  table |= {key: dataclasses.asdict(tile) for key, (tile, _) in measured.items()}
+  content = {
+    'command': 'python -m experiments.bench.tune_grouped_matmul',
+    'device': jax.devices()[0].device_kind,
+    'date': datetime.date.today().isoformat(),
+    'jax': jax.__version__,
+    'tflops': {key: round(rate) for key, (_, rate) in measured.items()},
+    'tiles': table,
+  }
+  args.out.write_text(json.dumps(content, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+  main()

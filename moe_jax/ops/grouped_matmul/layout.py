@@ -1,0 +1,47 @@
+"""Where each expert's rows lie, and the small facts every backend needs about that.
+
+Expert e owns rows offsets[e] to offsets[e+1] (the last one to the end), of which the first
+sizes[e] are real. Compact rows are offsets = cumsum(sizes) - sizes; a caller that writes the rows
+itself may leave gaps instead, so that groups start on round numbers.
+"""
+
+# R rows  E experts
+
+import jax
+import jax.numpy as jnp
+
+
+def padded_offsets(sizes_E: jax.Array, multiple: int) -> jax.Array:
+  """First row of each expert when every group starts on a multiple of `multiple`.
+
+  The rows needed are at most sum(sizes) + E * (multiple - 1), rounded up.
+  """
+  taken_E = -(-sizes_E // multiple) * multiple
+  return (jnp.cumsum(taken_E) - taken_E).astype(jnp.int32)
+
+
+def compact_offsets(sizes_E: jax.Array) -> jax.Array:
+  return (jnp.cumsum(sizes_E) - sizes_E).astype(jnp.int32)
+
+
+def expert_of_row(num_rows: int, offsets_E: jax.Array) -> jax.Array:
+  """The owner of each row. Comparing with every offset beats a binary search on accelerators."""
+  row_R = jnp.arange(num_rows, dtype=jnp.int32)
+  # an empty expert shares its offset with its successor, and the last of equals is the owner
+  owner_R = jnp.searchsorted(offsets_E, row_R, side='right', method='compare_all') - 1
+  return jnp.maximum(owner_R, 0)
+
+
+def match_vma(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """Marks all arrays as varying over every mesh axis that any of them varies over.
+
+  Inside shard_map a custom derivative must return gradients that vary like its inputs. Marking
+  the inputs first makes that true, and the transpose of the mark is the sum over devices that a
+  replicated weight's gradient needs.
+  """
+  varying = [jax.typeof(a).mat.varying for a in arrays]
+  axes = frozenset().union(*varying)
+  return tuple(
+    jax.lax.pcast(a, tuple(axes - have), to='varying')
+    for a, have in zip(arrays, varying, strict=True)
+  )

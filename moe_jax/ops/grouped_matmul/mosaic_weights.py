@@ -1,0 +1,187 @@
+"""Hopper kernel: the gradient in the weights, dw[e] = x[rows of e].T @ dy[rows of e].
+
+  tile         128 rows x 256 columns of one dw[e]; contracts the expert's rows, 64 at a step
+  block        as in mosaic_rows.py: 2 warpgroups multiply 64 x 256 each, a third loads
+  order        expert by expert; within one, strips of some tile rows by all columns
+
+An expert's steps start at the last multiple of 8 rows at or before its group, and the last step
+may run past its end. In those two steps each warpgroup sets the foreign rows of its part of x to
+zero in shared memory before it multiplies, hidden behind the products in flight. Zero times a
+neighbour's row is zero; but zero times a row of nobody may be NaN, so next to such rows dy is
+cleaned too, which makes the two warpgroups wait for each other.
+
+Traffic from device memory: an expert's x and dy once, as long as both stay in L2, and dw once,
+which with float32 gradients and a thousand rows an expert is most of it. Bound: the tensor cores;
+then, with few rows an expert, the stores of dw between one tile's products and the next's.
+"""
+
+# R rows  D rows of dw  F columns of dw  E experts
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from moe_jax.ops.grouped_matmul.mosaic_common import (
+  SLAB,
+  num_sms,
+  ring_slot,
+  smem_layout,
+  strip_order,
+)
+from moe_jax.ops.grouped_matmul.tiles import Tile
+
+
+def plan(num_rows: int, offsets_E: jax.Array, sizes_E: jax.Array) -> jax.Array:
+  """[E, 4]: base, and counted from it lo and end, rows [lo, end) are the group; next to nobody."""
+  next_E = jnp.append(offsets_E[1:], num_rows)
+  end_E = jnp.minimum(offsets_E + sizes_E, next_E)
+  base_E = offsets_E // 8 * 8
+  # a gap anywhere after the group, or in the up to 7 rows before it
+  gap_after_E = end_E < next_E
+  gap_before_E = jnp.append(False, (gap_after_E | (sizes_E == 0))[:-1]) & (base_E < offsets_E)
+  rows = (base_E, offsets_E - base_E, end_E - base_E, gap_after_E | gap_before_E)
+  return jnp.stack(rows, axis=1).astype(jnp.int32)
+
+
+def weights_matmul(
+  x_RD: jax.Array, dy_RF: jax.Array, group_E4: jax.Array, *, tile: Tile, dtype: jnp.dtype
+) -> jax.Array:
+  (_, d), f, num_experts = x_RD.shape, dy_RF.shape[1], group_E4.shape[0]
+  rows_d, full_f, rest_f = pl.cdiv(d, tile.m), f // tile.n, f % tile.n
+  columns = full_f + (rest_f > 0)
+  chunk = 128 // dtype.itemsize
+  sms = num_sms()
+  num_tiles = num_experts * rows_d * columns
+
+  def kernel(x_g, dy_g, group_g, dw_g, x_s, dy_s, dw_s, full, empty, clean):
+    group = lax.axis_index('warpgroup')
+    sm = lax.axis_index('sm')
+    my_tiles = pl.cdiv(num_tiles - sm, sms)
+
+    def where(i):
+      i = sm + i * sms
+      expert = lax.div(i, jnp.int32(rows_d * columns))
+      row, column = strip_order(
+        lax.rem(i, jnp.int32(rows_d * columns)), rows_d, columns, tile.strip
+      )
+      base, lo, end, dirty = (group_g[expert, c] for c in range(4))
+      steps = jnp.where(end > lo, pl.cdiv(end, tile.k), 0)
+      return expert, row, column, pl.multiple_of(base, 8), lo, end, dirty, steps
+
+    @pl.when(group < 2)
+    def _():
+      plgpu.set_max_registers(232, action='increase')
+
+      def keep_rows(ref, columns_at, lo, hi):
+        """Zeroes rows of a slot outside [lo, hi). A select, since they may hold NaN."""
+        part = plgpu.load(ref.at[:, columns_at], layout=plgpu.Layout.WGMMA)
+        index = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA)
+        ref[:, columns_at] = jnp.where((index >= lo) & (index < hi), part, jnp.zeros_like(part))
+        plgpu.commit_smem()
+
+      def multiply(i, done):
+        expert, row, column, _, lo, end, dirty, steps = where(i)
+
+        def one_width(width):
+          def accumulate(acc):
+            def step(k, _):
+              slot = ring_slot(done + k, tile.stages)
+              own = pl.ds(group * SLAB, SLAB)
+              lo_k, end_k = lo - k * tile.k, end - k * tile.k
+              plgpu.barrier_wait(full.at[slot])
+
+              @pl.when((lo_k > 0) | (end_k < tile.k))
+              def _():
+                keep_rows(x_s.at[slot], own, lo_k, end_k)
+
+                @pl.when(dirty != 0)
+                def _():
+                  half = pl.ds(group * (tile.n // 2), tile.n // 2)
+                  keep_rows(dy_s.at[slot], half, lo_k, end_k)
+                  plgpu.barrier_arrive(clean)
+                  plgpu.barrier_wait(clean)
+
+              plgpu.wgmma(acc, x_s.at[slot, :, own].T, dy_s.at[slot, :, :width])
+              # all but the newest are complete, so the slot before this one is free
+              plgpu.wgmma_wait(1)
+
+              @pl.when(k > 0)
+              def _():
+                plgpu.barrier_arrive(empty.at[ring_slot(done + k - 1, tile.stages)])
+
+            lax.fori_loop(0, steps, step, None)
+            total = acc[...]
+
+            @pl.when(steps > 0)
+            def _():
+              plgpu.barrier_arrive(empty.at[ring_slot(done + steps - 1, tile.stages)])
+
+            return total
+
+          total = pl.run_scoped(accumulate, plgpu.ACC((SLAB, width), jnp.float32))
+          at_row = pl.ds(row * tile.m + group * SLAB, SLAB)
+          for c in range(width // chunk):
+            plgpu.wait_smem_to_gmem(min(c, 1), wait_read_only=True)
+            dw_s[group, c % 2] = total[:, c * chunk : (c + 1) * chunk].astype(dtype)
+            plgpu.commit_smem()
+            at_column = pl.ds(column * tile.n + c * chunk, chunk)
+            plgpu.copy_smem_to_gmem(dw_s.at[group, c % 2], dw_g.at[expert, at_row, at_column])
+
+        if full_f:
+          pl.when(column < full_f)(lambda: one_width(tile.n))
+        if rest_f:
+          pl.when(column == full_f)(lambda: one_width(rest_f))
+        return done + steps
+
+      lax.fori_loop(0, my_tiles, multiply, jnp.int32(0))
+      plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(group == 2)
+    def _():
+      plgpu.set_max_registers(40, action='decrease')
+
+      def load(i, done):
+        _, row, column, base, _, _, _, steps = where(i)
+
+        def step(k, _):
+          slot = ring_slot(done + k, tile.stages)
+
+          @pl.when(done + k >= tile.stages)
+          def _():
+            plgpu.barrier_wait(empty.at[slot])
+
+          # past row R, column D or F, TMA writes zeros
+          at = pl.ds(pl.multiple_of(base + k * tile.k, 8), tile.k)
+          x_part = x_g.at[at, pl.ds(row * tile.m, tile.m)]
+          dy_part = dy_g.at[at, pl.ds(column * tile.n, tile.n)]
+          plgpu.copy_gmem_to_smem(x_part, x_s.at[slot], full.at[slot])
+          plgpu.copy_gmem_to_smem(dy_part, dy_s.at[slot], full.at[slot])
+
+        lax.fori_loop(0, steps, step, None)
+        return done + steps
+
+      done = lax.fori_loop(0, my_tiles, load, jnp.int32(0))
+      # the last releases must have arrived before the block, and its barriers, may end
+      drain = lambda k, _: plgpu.barrier_wait(empty.at[ring_slot(k, tile.stages)])
+      lax.fori_loop(lax.max(done - tile.stages, 0), done, drain, None)
+
+  return plgpu.kernel(
+    kernel,
+    out_type=jax.ShapeDtypeStruct((num_experts, d, f), dtype),
+    scratch_types=(
+      plgpu.SMEM((tile.stages, tile.k, tile.m), x_RD.dtype, transforms=smem_layout(64)),
+      plgpu.SMEM((tile.stages, tile.k, tile.n), dy_RF.dtype, transforms=smem_layout(64)),
+      plgpu.SMEM((2, 2, SLAB, chunk), dtype, transforms=smem_layout(chunk, dtype.itemsize)),
+      plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
+      plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
+      plgpu.Barrier(num_arrivals=2),
+    ),
+    grid=(sms,),
+    grid_names=('sm',),
+    num_threads=3,
+    thread_name='warpgroup',
+    kernel_name='grouped_matmul_wgrad',
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+  )(x_RD, dy_RF, group_E4)

@@ -1,0 +1,105 @@
+"""What a run will cost, known before it starts: parameters, FLOPs a token, bytes a device."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import sharding as sh
+from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.train.state import TrainState, make_model
+from moe_jax.train.step import mean_loss
+
+
+class Count(NamedTuple):
+  total: int
+  active: int  # used by one token
+
+
+_COMPONENTS = {
+  'embedding_VD': 'embedding',
+  'head_DV': 'output head',
+  'attention': 'attention',
+  'dense': 'dense feed-forward',
+  'shared': 'shared experts',
+  'gate_up_ED2F': 'routed experts',
+  'down_EFD': 'routed experts',
+  'router_DE': 'router',
+  'bias_E': 'router',
+}
+
+
+def _named_sizes(tree: Any) -> Iterator[tuple[list[str], int]]:
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    yield [key.key for key in path], math.prod(leaf.shape)
+
+
+def parameters(cfg: ModelConfig, params: Any) -> dict[str, Count]:
+  """Parameters by component; a token uses top_k of the routed experts, and all of the rest."""
+  counts: dict[str, Count] = {}
+  for path, size in _named_sizes(params):
+    name = next((_COMPONENTS[key] for key in reversed(path) if key in _COMPONENTS), 'norms')
+    active = size * cfg.moe.top_k // cfg.moe.num_experts if name == 'routed experts' else size
+    old = counts.get(name, Count(0, 0))
+    counts[name] = Count(old.total + size, old.active + active)
+  return counts
+
+
+def flops_per_token(cfg: ModelConfig, params: Any, sequence_length: int) -> float:
+  """Forward and backward, of the model's own operations: nothing recomputed, no padding.
+
+  Two a multiply-add, three times the forward pass for both. Attention counts the causal half of its
+  scores; looking up the embedding is no arithmetic.
+  """
+  counts = parameters(cfg, params)
+  weights = sum(c.active for name, c in counts.items() if name not in ('embedding', 'norms'))
+  scores = sum(_score_width(cfg, layer.attention) for layer in cfg.layers) * sequence_length / 2
+  return 3 * 2 * (weights + scores)
+
+
+def _score_width(cfg: ModelConfig, kind: str) -> int:
+  """Multiply-adds of one query with one key and its value, over all heads."""
+  match kind:
+    case 'mla':
+      return cfg.mla.num_heads * (cfg.mla.d_nope + cfg.mla.d_rope + cfg.mla.d_value)
+    case 'full':
+      return cfg.full.num_heads * 2 * cfg.full.d_head
+  raise ValueError(f'no cost is known for attention={kind!r}.')
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Bytes that one device holds of a tree of ShapeDtypeStruct with shardings."""
+
+  def size(leaf: Any) -> int:
+    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+    return math.prod(shape) * leaf.dtype.itemsize
+
+  return sum(size(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def predicted_bytes(cfg: RunConfig, state: TrainState) -> int:
+  """Peak bytes of a training step on one device: state, gradients, and what the backward pass
+  keeps.
+
+  The kept values are exact, from the traced forward pass of one micro-batch; buffers that live
+  within one operation, and what the compiler adds, are not counted.
+  """
+  model = make_model(cfg)
+  rows, length = cfg.data.batch_size // cfg.microbatches, cfg.data.sequence_length
+
+  def zeros(dtype: Any) -> jax.Array:
+    return jnp.zeros((rows, length), dtype, out_sharding=sh.TOKENS)
+
+  def kept(params: Any, router: Any) -> Any:
+    batch = {name: zeros(jnp.int32) for name in ('tokens', 'targets', 'segments', 'positions')}
+    batch['loss_mask'] = zeros(jnp.bool_)
+    targets = batch['loss_mask'].sum()
+    loss = lambda p: mean_loss(cfg, model, p, router, batch, num_targets=targets)
+    return jax.vjp(loss, params, has_aux=True)[1]
+
+  residuals = jax.eval_shape(kept, state.params, state.router)
+  params = bytes_per_device(state.params)
+  # the residuals include the parameters themselves
+  return bytes_per_device(state) + params + max(bytes_per_device(residuals) - params, 0)
