@@ -34,7 +34,7 @@ def measure(
   """
 
   def loop(calls: int) -> float:
-    start = time.perf_counter()
+    start, result = time.perf_counter(), None
     for i in range(calls):
       result = call(*args[i % len(args)])
     block(result)

@@ -1,5 +1,4 @@
-"""Times every tile on every large shape and keeps the best in
-moe_jax/ops/grouped_matmul/tiles.json.
+"""Times tiles on every large shape; the best go to moe_jax/ops/grouped_matmul/tiles.json.
 
   python -m experiments.bench.tune_grouped_matmul [--only=v2_lite] [--out=tiles.json]
 

@@ -10,7 +10,7 @@ remembers what was read; a run resumes by asking for its next batch, on any numb
 import hashlib
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import grain
 import jax
@@ -133,7 +133,7 @@ class _LocalBatches:
 
 def batches(
   source: RowSource, *, batch_size: int, sharding: jax.sharding.NamedSharding, start: int
-) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+) -> Generator[tuple[int, dict[str, jax.Array]]]:
   """Yields (i, batch i) for i = start, start + 1, ... without end, read ahead by Grain's threads.
 
   A batch has the keys of `RowSource.row`, each array with a leading B. A process reads only the
@@ -165,7 +165,7 @@ def _local_rows(leading: jax.sharding.NamedSharding, batch_size: int) -> list[in
 
 def _generate(
   source: _LocalBatches, leading: jax.sharding.NamedSharding, local: list[int], start: int
-) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+) -> Generator[tuple[int, dict[str, jax.Array]]]:
   B = source.batch_size
   place = {row: i for i, row in enumerate(local)}
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from moe_jax import sharding as sh
 from moe_jax.infer.sampling import sample
 from moe_jax.models.attention import Where
-from moe_jax.models.decoder import Decoder, empty_cache, head_DV
+from moe_jax.models.decoder import Decoder, Output, empty_cache, head_DV
 
 # B rows  S new tokens  V vocabulary
 
@@ -40,7 +40,7 @@ def extend(
   S = token_BS.shape[1]
   position_BS = session.length_B[:, None] + jnp.arange(S)
   where = Where(token_BS, position_BS, jnp.ones_like(token_BS), session.length_B)
-  out = model.apply(variables, where, session.cache)
+  out = cast(Output, model.apply(variables, where, session.cache))
   head = head_DV(variables['params'], model.policy)
   logits_BSV = jnp.einsum('bsd,dv->bsv', out.hidden_BSD, head, preferred_element_type=jnp.float32)
   return logits_BSV, Session(out.cache, session.length_B + S)

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -261,7 +261,7 @@ def _host(value: jax.Array) -> Any:
 
 def _batches(
   cfg: RunConfig, source: RowSource, *, start: int
-) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+) -> Generator[tuple[int, dict[str, jax.Array]]]:
   mesh = jax.sharding.get_mesh()
   return batches(
     source, batch_size=cfg.data.batch_size, sharding=sh.batch_sharding(mesh), start=start

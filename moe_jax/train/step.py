@@ -1,7 +1,7 @@
 """One training step and one evaluation step, as pure functions."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import optax
 from moe_jax import routing
 from moe_jax.config import RunConfig
 from moe_jax.models.attention import Where
-from moe_jax.models.decoder import Decoder, head_DV
+from moe_jax.models.decoder import Decoder, Output, head_DV
 from moe_jax.ops.cross_entropy import total_loss
 from moe_jax.optim import judge, schedule
 from moe_jax.precision import policy
@@ -30,7 +30,7 @@ def _where(batch: Batch) -> Where:
 def _apply(model: Decoder, params: Any, router: Any, batch: Batch):
   """Sum of token losses, and the model's output."""
   variables = {'params': params, 'router': router}
-  out = model.apply(variables, _where(batch))
+  out = cast(Output, model.apply(variables, _where(batch)))
   head = head_DV(params, model.policy)
   return total_loss(out.hidden_BSD, head, batch['targets'], batch['loss_mask']), out
 
@@ -164,7 +164,7 @@ def make_train_step(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[Train
     params, router, opt = jax.tree.map(lambda new, old: jnp.where(ok, new, old), proposed, kept)
     metrics |= {
       'train/grad_norm': grad_norm,
-      'train/lr': learning_rate(state.guard.accepted),
+      'train/lr': jnp.asarray(learning_rate(state.guard.accepted)),
       'guard/skipped': (~ok).astype(jnp.int32),
       'guard/skipped_total': guard.skipped,
       'guard/streak': guard.streak,

@@ -153,7 +153,7 @@ def check_weights(spec: Spec, x: jax.Array, dy: jax.Array) -> Callable[[jax.Arra
 
 def torch_rows(spec: Spec, shape: str) -> list[table.Row]:
   try:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
   except ImportError:
     return []
   if not torch.cuda.is_available():

@@ -14,6 +14,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from moe_jax.ops.grouped_matmul import layout, mosaic_gpu, xla
 from moe_jax.ops.grouped_matmul.layout import padded_offsets
@@ -130,8 +131,5 @@ def _check(
     if a is not None and (a.shape != w_EDF.shape[:1] or a.dtype != jnp.int32):
       raise ValueError(f'{name} is {a.dtype}{a.shape}, must be int32[{w_EDF.shape[0]}] as w has.')
   # numpy, because under jit even a constant's sum would be traced
-  if (
-    not isinstance(sizes_E, jax.core.Tracer)
-    and (total := np.asarray(sizes_E).sum()) > x_RD.shape[0]
-  ):
+  if not isinstance(sizes_E, Tracer) and (total := np.asarray(sizes_E).sum()) > x_RD.shape[0]:
     raise ValueError(f'sizes sum to {total}, more than the {x_RD.shape[0]} rows of x.')

@@ -20,7 +20,8 @@ def num_sms() -> int:
 def smem_layout(columns: int, itemsize: int = 2) -> tuple:
   """The tiling and swizzle that TMA writes and wgmma reads without bank conflicts."""
   swizzle = plgpu.find_swizzle(columns * itemsize * 8)
-  return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+  tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # pyright: ignore[reportAbstractUsage]
+  return tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
 
 
 def ring_slot(step: jax.Array, stages: int) -> jax.Array:

@@ -135,7 +135,9 @@ def rows_matmul(
             lax.fori_loop(0, jnp.where(mine, 0, todo), pass_by, None)
             return total
 
-          total = pl.run_scoped(accumulate, plgpu.ACC((tile.m // 2, width), jnp.float32))
+          total = pl.run_scoped(
+            accumulate, plgpu.WGMMAAccumulatorRef((tile.m // 2, width), jnp.float32)
+          )
           for slab in range(slabs):
             store(
               total[slab * SLAB : (slab + 1) * SLAB],

@@ -120,7 +120,7 @@ def weights_matmul(
 
             return total
 
-          total = pl.run_scoped(accumulate, plgpu.ACC((SLAB, width), jnp.float32))
+          total = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((SLAB, width), jnp.float32))
           at_row = pl.ds(row * tile.m + group * SLAB, SLAB)
           for c in range(width // chunk):
             plgpu.wait_smem_to_gmem(min(c, 1), wait_read_only=True)

@@ -3,6 +3,7 @@
 # R rows  D in  F out  E experts
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -43,7 +44,7 @@ def zipf(rows: int, experts: int, exponent: float = 1.0) -> tuple[int, ...]:
   for one in share:
     running += one
     edges.append(round(rows * running / total))
-  return tuple(b - a for a, b in zip(edges, edges[1:], strict=False))
+  return tuple(b - a for a, b in itertools.pairwise(edges))
 
 
 def uneven(rows: int, experts: int) -> tuple[int, ...]:
