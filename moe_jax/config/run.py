@@ -232,7 +232,7 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-  """A whole run. `balance` names ideas of moe_jax.routing, joined by '+'; `routing` has their fields."""
+  """A whole run. `balance` names ideas of moe_jax.routing joined by '+', `routing` their fields."""
 
   seed: int = 0
   steps: int = 100

@@ -1,6 +1,6 @@
 """The decoder: embedding, groups of scanned layers, final norm, output head."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -103,7 +103,7 @@ class Decoder(nn.Module):
         pattern,
         variable_axes={'params': 0, 'router': 0},
         split_rngs={'params': True},
-        in_axes=(0, nn.broadcast),
+        in_axes=cast(Any, (0, nn.broadcast)),
         length=repeats,
       )(kinds, c, self.balance, self.policy, name=f'group_{i}')
       x_BSD, (new, seen) = group(x_BSD, None if cache is None else cache[i], where)

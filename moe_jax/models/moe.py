@@ -1,5 +1,7 @@
 """The DeepSeekMoE feed-forward: routed experts by top-k, plus shared ones for every token."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from moe_jax.routing.base import selected
 
 
 class MoE(nn.Module):
-  """Routed plus shared experts. Source: arXiv:2401.06066, section 3; arXiv:2412.19437, section 2.1.2."""
+  """Routed plus shared experts. Source: arXiv:2401.06066, 3; arXiv:2412.19437, 2.1.2."""
 
   cfg: MoEConfig
   balance: tuple[Idea, ...]
@@ -27,8 +29,9 @@ class MoE(nn.Module):
 
   @nn.compact
   def __call__(self, x_BSD: jax.Array, where: Where) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the output and, in float32: `load_E` tokens routed to each expert, `balance_loss`, `entropy`.
+    """Returns the output and, in float32, `load_E`, `balance_loss` and `entropy`.
 
+    `load_E` counts the tokens routed to each expert; `entropy` is the gate's, over its maximum.
     Padding is routed like any token but counted nowhere.
     """
     valid_BS = where.segment_BS > 0
@@ -36,7 +39,7 @@ class MoE(nn.Module):
     router_DE = weight(self, 'router_DE', (D, E), sh.MATRIX_DX, std=self.std)
     gate_up_ED2F = weight(self, 'gate_up_ED2F', (E, D, 2, F), sh.EXPERTS_ED2F, std=self.std)
     down_EFD = weight(self, 'down_EFD', (E, F, D), sh.EXPERTS_EFD, std=self.std)
-    bias_E = self.variable(
+    bias_E: Any = self.variable(
       'router', 'bias_E', jnp.zeros, (E,), jnp.float32, out_sharding=sh.VECTOR
     ).value
 

@@ -195,7 +195,7 @@ class _Run:
     return Finished(state, done=True, steps_run=steps_run)
 
   def _settle(self, pending: '_Pending | None', previous_s: float) -> tuple[int, float]:
-    """Waits for a dispatched step, writes and shows it; returns its streak of refusals and the time."""
+    """Waits for a dispatched step, writes and shows it; returns its refusals in a row, the time."""
     if pending is None:
       return 0, previous_s
     values = {name: _host(value) for name, value in pending.metrics.items()}
