@@ -37,8 +37,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.batch_size = 16
   c.data.sequence_length = 256
 
-  c.optim.lr_peak = 3e-3
-  c.optim.warmup_steps = 20
+  c.optim.lr_peak = 2e-3
+  c.optim.warmup_steps = 40
   c.eval.interval_steps = 50
   c.checkpoint.interval_steps = 50
   return c
