@@ -86,7 +86,7 @@ def _explain(argv: Sequence[str], error: Exception) -> str:
     try:
       known = load(file, arg)
     except Exception as e:
-      return f'--config={given}: {file} failed: {one_line(e)}'
+      return f'--config={given}: {file} failed: {one_line(e).rstrip(".")}.'
     for override in argv:
       if override.startswith('--config.'):
         name = override.removeprefix('--config.').partition('=')[0]

@@ -103,7 +103,7 @@ def test_an_unusable_corpus_is_one_line_that_names_it(refuse, tmp_path, content,
 
 def test_a_missing_config_file_is_one_line_with_the_nearest(refuse, tmp_path):
   line = refuse(f'--workdir={tmp_path / "run"}', config='experiments/configs/quikstart.py')
-  assert 'there is no file experiments/configs/quikstart.py' in line
+  assert "there is no file 'experiments/configs/quikstart.py'" in line
   assert 'Did you mean experiments/configs/quickstart.py?' in line
 
 
