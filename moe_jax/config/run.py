@@ -10,15 +10,38 @@ from typing import Any
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.rules import not_negative, one_of, positive, require
 
+OPTIMIZERS = ('adamw', 'muon')
 SCHEDULES = ('constant', 'steps', 'cosine', 'wsd')
 PRECISIONS = ('float32', 'bfloat16')
 TRACKERS = ('none', 'wandb', 'trackio')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-  """AdamW and its learning-rate schedule; defaults are DeepSeek-V3's."""
+class MuonConfig:
+  """What Muon adds to the fields of `optim`, read with optim.name='muon'; defaults are V4's."""
 
+  momentum: float = 0.95
+  update_rms: float = 0.18  # root mean square of a matrix's update, times the learning rate
+  dtype: str = 'float32'  # that Newton-Schulz multiplies in
+  adamw_eps: float = 1e-20  # instead of optim.eps, for what AdamW keeps
+
+  def __post_init__(self):
+    positive(self, 'optim.muon', 'update_rms', 'adamw_eps')
+    one_of(self, 'optim.muon', 'dtype', PRECISIONS)
+    require(
+      0 <= self.momentum < 1,
+      'optim.muon.momentum',
+      self.momentum,
+      'must lie in [0, 1)',
+      'It is a decay of averages.',
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+  """The optimizer and its learning-rate schedule; defaults are DeepSeek-V3's."""
+
+  name: str = 'adamw'  # or muon: Muon for matrices, AdamW for the rest
   lr_peak: float = 1e-3
   schedule: str = 'cosine'
   warmup_steps: int = 20
@@ -34,8 +57,10 @@ class OptimConfig:
   eps: float = 1e-8
   weight_decay: float = 0.1
   clip_norm: float = 1.0
+  muon: MuonConfig = MuonConfig()
 
   def __post_init__(self):
+    one_of(self, 'optim', 'name', OPTIMIZERS)
     positive(self, 'optim', 'lr_peak', 'eps', 'clip_norm', 'step_factor')
     not_negative(self, 'optim', 'warmup_steps', 'weight_decay', 'lr_end_fraction')
     one_of(self, 'optim', 'schedule', SCHEDULES)
