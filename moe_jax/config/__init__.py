@@ -11,6 +11,7 @@ from moe_jax.config.model import (
   MLAConfig,
   ModelConfig,
   MoEConfig,
+  MTPConfig,
   RopeConfig,
 )
 from moe_jax.config.rules import require
@@ -41,6 +42,7 @@ __all__ = [
   'LayerKind',
   'LogConfig',
   'MLAConfig',
+  'MTPConfig',
   'MeshConfig',
   'MoEConfig',
   'ModelConfig',

@@ -132,6 +132,17 @@ class MoEConfig:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MTPConfig:
+  """Multi-token prediction: modules that each look one token further. Source: arXiv:2412.19437."""
+
+  num_modules: int = 0  # 0: none; DeepSeek-V3 has 1
+  loss_weight: float = 0.3  # of the mean over modules; V3 goes on with 0.1 after 10T tokens
+
+  def __post_init__(self):
+    not_negative(self, 'model.mtp', 'num_modules', 'loss_weight')
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
   """What one decoder layer is made of; equal neighbours are scanned."""
@@ -158,6 +169,7 @@ class ModelConfig:
   mla: MLAConfig = MLAConfig()
   moe: MoEConfig = MoEConfig()
   rope: RopeConfig = RopeConfig()
+  mtp: MTPConfig = MTPConfig()
 
   def __post_init__(self):
     positive(self, 'model', 'vocab_size', 'd_model', 'num_layers', 'd_ff', 'norm_eps', 'init_std')

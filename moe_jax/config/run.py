@@ -285,6 +285,13 @@ class RunConfig:
       f'must divide data.batch_size={self.data.batch_size}',
       'Choose a divisor.',
     )
+    require(
+      self.model.mtp.num_modules < self.data.sequence_length,
+      'model.mtp.num_modules',
+      self.model.mtp.num_modules,
+      f'looks past the end of data.sequence_length={self.data.sequence_length} tokens',
+      'Lower it or lengthen the sequences.',
+    )
 
   @property
   def tokens_per_step(self) -> int:

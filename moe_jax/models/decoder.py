@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from moe_jax import sharding as sh
 from moe_jax.config import LayerKind, ModelConfig
+from moe_jax.models import mtp
 from moe_jax.models.attention import KINDS, Where
+from moe_jax.models.block import Block
 from moe_jax.models.grouping import group_layers
-from moe_jax.models.layers import FeedForward, RMSNorm, weight
-from moe_jax.models.moe import MoE
+from moe_jax.models.layers import RMSNorm, weight
 from moe_jax.precision import Policy
 from moe_jax.routing import Idea
 
@@ -27,32 +28,8 @@ class Output(NamedTuple):
   hidden_BSD: jax.Array  # after the final norm
   aux: dict[str, jax.Array]  # what layers measured, by name: leading dim the layers that did
   cache: Any  # a list, one entry a layer group; None without a cache
-
-
-class Block(nn.Module):
-  """x + attention(norm(x)), then x + feed_forward(norm(x))."""
-
-  kind: LayerKind
-  cfg: ModelConfig
-  balance: tuple[Idea, ...]
-  policy: Policy
-
-  @nn.compact
-  def __call__(self, x_BSD: jax.Array, where: Where, cache: Any):
-    c, std = self.cfg, self.cfg.init_std
-    attention = KINDS[self.kind.attention](
-      getattr(c, self.kind.attention), c.rope, std, c.norm_eps, self.policy, name='attention'
-    )
-    y_BSD, cache, aux = attention(RMSNorm(c.norm_eps, name='attention_norm')(x_BSD), where, cache)
-    x_BSD += y_BSD
-    h_BSD = RMSNorm(c.norm_eps, name='feed_forward_norm')(x_BSD)
-    if self.kind.feed_forward == 'moe':
-      moe = MoE(c.moe, self.balance, std, self.policy, name='moe')
-      y_BSD, seen = moe(h_BSD, where)
-      aux |= seen
-    else:
-      y_BSD = FeedForward(c.d_ff, std, self.policy, name='dense')(h_BSD)
-    return x_BSD + y_BSD, cache, aux
+  # of each multi-token prediction module, after its norm; none when decoding
+  mtp_hidden: tuple[jax.Array, ...] = ()
 
 
 class Pattern(nn.Module):
@@ -91,8 +68,7 @@ class Decoder(nn.Module):
     c, V, D = self.cfg, self.cfg.vocab_size, self.cfg.d_model
     embedding_VD = weight(self, 'embedding_VD', (V, D), sh.EMBEDDING_VD, std=c.init_std)
     weight(self, 'head_DV', (D, V), sh.HEAD_DV, std=c.init_std)
-    table_VD = jax.sharding.reshard(self.policy.cast(embedding_VD), jax.P(None, None))
-    x_BSD = table_VD.at[where.token_BS].get(out_sharding=sh.STREAM)
+    embedded_BSD = x_BSD = embed(embedding_VD, where.token_BS, self.policy)
 
     caches, aux = [], []
     for i, (kinds, repeats) in enumerate(group_layers(c.layers)):
@@ -110,7 +86,27 @@ class Decoder(nn.Module):
       caches.append(new)
       aux.append(seen)
     hidden_BSD = RMSNorm(c.norm_eps, name='final_norm')(x_BSD)
-    return Output(hidden_BSD, stack_layers(aux), None if cache is None else caches)
+    if cache is not None:
+      return Output(hidden_BSD, stack_layers(aux), caches)
+
+    previous_BSD, ahead = hidden_BSD, []
+    module = mtp.MTP
+    if c.remat != 'none':
+      module = nn.remat(mtp.MTP, policy=_REMAT_POLICIES[c.remat])
+    for k, name in enumerate(mtp.names(c), start=1):
+      out = module(c, self.balance, self.policy, name=name)(
+        previous_BSD, mtp.shift(embedded_BSD, k), mtp.look_ahead(where, k), None
+      )
+      previous_BSD = out.hidden_BSD
+      ahead.append(out.hidden_BSD)
+      aux.append([jax.tree.map(lambda a: a[None], out.aux)])
+    return Output(hidden_BSD, stack_layers(aux), None, tuple(ahead))
+
+
+def embed(embedding_VD: jax.Array, token_BS: jax.Array, policy: Policy) -> jax.Array:
+  """Rows of the stored table in compute precision, [B, S, D]."""
+  table_VD = jax.sharding.reshard(policy.cast(embedding_VD), jax.P(None, None))
+  return table_VD.at[token_BS].get(out_sharding=sh.STREAM)
 
 
 def head_DV(params: Any, policy: Policy) -> jax.Array:

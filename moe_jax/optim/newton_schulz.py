@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 # N matrices  X rows  Y columns
@@ -15,8 +14,8 @@ def orthogonalize(x_NXY: Float[Array, 'N X Y'], *, dtype: str = 'float32') -> Fl
   """The nearest (semi-)orthogonal matrix to each of N, by the hybrid Newton-Schulz iteration.
 
   X = M / |M|_F, then ten rounds of X <- a X + b (X X^T) X + c (X X^T)^2 X. Each round moves the
-  singular values s <- a s + b s^3 + c s^5 and leaves the singular vectors alone: values from 3e-4 of the
-  norm upward arrive within [1, 1.00054], those from 3e-5 within [1, 1.0021]. Zero stays zero.
+  singular values s <- a s + b s^3 + c s^5 and leaves the singular vectors alone: values from 3e-4
+  of the norm upward arrive within [1, 1.00054], those from 3e-5 within [1, 1.0021]. Zero stays 0.
 
   Args:
     dtype: what matrix products multiply in ('float32' or 'bfloat16'); sums are float32.
@@ -39,5 +38,5 @@ def orthogonalize(x_NXY: Float[Array, 'N X Y'], *, dtype: str = 'float32') -> Fl
     gram_NXX = product(x_NXY, x_NXY.mT)
     return a * x_NXY + product(b * gram_NXX + c * product(gram_NXX, gram_NXX), x_NXY), None
 
-  x_NXY, _ = jax.lax.scan(one_round, x_NXY, np.asarray(ROUNDS, np.float32))
+  x_NXY, _ = jax.lax.scan(one_round, x_NXY, jnp.asarray(ROUNDS, jnp.float32))
   return x_NXY if wide else x_NXY.mT

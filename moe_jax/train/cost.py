@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from moe_jax import sharding as sh
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.train.state import TrainState, make_model
-from moe_jax.train.step import mean_loss
+from moe_jax.train.step import count_targets, mean_loss
 
 
 class Count(NamedTuple):
@@ -37,25 +37,40 @@ def _named_sizes(tree: Any) -> Iterator[tuple[list[str], int]]:
 
 
 def parameters(cfg: ModelConfig, params: Any) -> dict[str, Count]:
-  """Parameters by component; a token uses top_k of the routed experts, and all of the rest."""
+  """Parameters by component; a token uses top_k of the routed experts, and all of the rest.
+
+  All of multi-token prediction is one component, 'mtp': published totals leave it out, and so does
+  `published`.
+  """
   counts: dict[str, Count] = {}
   for path, size in _named_sizes(params):
     name = next((_COMPONENTS[key] for key in reversed(path) if key in _COMPONENTS), 'norms')
     active = size * cfg.moe.top_k // cfg.moe.num_experts if name == 'routed experts' else size
+    name = 'mtp' if path[0].startswith('mtp_') else name
     old = counts.get(name, Count(0, 0))
     counts[name] = Count(old.total + size, old.active + active)
   return counts
+
+
+def published(counts: dict[str, Count]) -> Count:
+  """The sum as model cards state it: without multi-token prediction."""
+  main = [count for name, count in counts.items() if name != 'mtp']
+  return Count(sum(c.total for c in main), sum(c.active for c in main))
 
 
 def flops_per_token(cfg: ModelConfig, params: Any, sequence_length: int) -> float:
   """Forward and backward, of the model's own operations: nothing recomputed, no padding.
 
   Two a multiply-add, three times the forward pass for both. Attention counts the causal half of its
-  scores; looking up the embedding is no arithmetic.
+  scores; looking up the embedding is no arithmetic. Each module of multi-token prediction is one
+  more layer of the last kind and one more use of the output head.
   """
   counts = parameters(cfg, params)
   weights = sum(c.active for name, c in counts.items() if name not in ('embedding', 'norms'))
-  scores = sum(_score_width(cfg, layer.attention) for layer in cfg.layers) * sequence_length / 2
+  ahead = cfg.mtp.num_modules
+  weights += ahead * counts['output head'].active
+  layers = cfg.layers + cfg.layers[-1:] * ahead
+  scores = sum(_score_width(cfg, layer.attention) for layer in layers) * sequence_length / 2
   return 3 * 2 * (weights + scores)
 
 
@@ -95,7 +110,7 @@ def predicted_bytes(cfg: RunConfig, state: TrainState) -> int:
   def kept(params: Any, router: Any) -> Any:
     batch = {name: zeros(jnp.int32) for name in ('tokens', 'targets', 'segments', 'positions')}
     batch['loss_mask'] = zeros(jnp.bool_)
-    targets = batch['loss_mask'].sum()
+    targets = count_targets(cfg, batch)
     loss = lambda p: mean_loss(cfg, model, p, router, batch, num_targets=targets)
     return jax.vjp(loss, params, has_aux=True)[1]
 

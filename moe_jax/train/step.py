@@ -1,5 +1,6 @@
 """One training step and one evaluation step, as pure functions."""
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import optax
 
 from moe_jax import routing
 from moe_jax.config import RunConfig
+from moe_jax.models import mtp
 from moe_jax.models.attention import Where
 from moe_jax.models.decoder import Decoder, Output, head_DV
 from moe_jax.ops.cross_entropy import total_loss
@@ -44,22 +46,53 @@ def _split(batch: Batch, parts: int) -> Batch:
   return jax.tree.map(split, batch)
 
 
+def count_targets(cfg: RunConfig, batch: Batch) -> tuple[jax.Array, ...]:
+  """Valid targets: the model's, then those of each multi-token prediction module."""
+  ahead = range(1, cfg.model.mtp.num_modules + 1)
+  return (batch['loss_mask'].sum(), *(mtp.targets(batch, k)[1].sum() for k in ahead))
+
+
+def _mtp_loss(
+  cfg: RunConfig, params: Any, out: Output, part: Batch, num_targets: tuple[jax.Array, ...]
+) -> jax.Array:
+  """Mean over modules of the loss per valid target of that module, without its weight.
+
+  The paper divides every module's sum by the sequence's length; a mean over the targets that the
+  module has keeps the losses comparable where documents are short.
+  """
+  head = head_DV(params, policy(cfg.precision))
+  total = jnp.zeros((), jnp.float32)
+  for k, (hidden_BSD, num) in enumerate(zip(out.mtp_hidden, num_targets, strict=True), start=1):
+    total += total_loss(hidden_BSD, head, *mtp.targets(part, k)) / jnp.maximum(num, 1)
+  return total / len(num_targets)
+
+
 def mean_loss(
-  cfg: RunConfig, model: Decoder, params: Any, router: Any, part: Batch, *, num_targets: jax.Array
+  cfg: RunConfig,
+  model: Decoder,
+  params: Any,
+  router: Any,
+  part: Batch,
+  *,
+  num_targets: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, Metrics]:
   """What one micro-batch adds to the loss of its batch, and what was seen on the way.
 
   Args:
-    num_targets: valid targets of the whole batch.
+    num_targets: of the whole batch, by `count_targets`.
   """
   total, out = _apply(model, params, router, part)
-  lm = total / jnp.maximum(num_targets, 1).astype(jnp.float32)
+  lm = total / jnp.maximum(num_targets[0], 1).astype(jnp.float32)
   balance = jnp.zeros((), jnp.float32)
   seen: Metrics = {}
   if 'load_E' in out.aux:
     balance = out.aux['balance_loss'].sum() / cfg.microbatches
     seen = {'load_LE': out.aux['load_E'], 'entropy_L': out.aux['entropy'] / cfg.microbatches}
-  return lm + balance, {'loss': lm + balance, 'lm_loss': lm, 'balance_loss': balance, **seen}
+  loss = lm + balance
+  if cfg.model.mtp.num_modules:
+    seen['mtp_loss'] = _mtp_loss(cfg, params, out, part, num_targets[1:])
+    loss += cfg.model.mtp.loss_weight * seen['mtp_loss']
+  return loss, {'loss': loss, 'lm_loss': lm, 'balance_loss': balance, **seen}
 
 
 def loss_and_grads(
@@ -70,7 +103,7 @@ def loss_and_grads(
   Token losses are averaged over the valid targets of the whole batch, balance losses over parts,
   and `load_LE` counts every token of every part and device.
   """
-  num_targets = batch['loss_mask'].sum()
+  num_targets = count_targets(cfg, batch)
   parts = cfg.microbatches
 
   def loss_fn(params: Any, part: Batch):
@@ -109,13 +142,21 @@ def router_metrics(load_LE: jax.Array, entropy_L: jax.Array, bias_LE: jax.Array)
   }
 
 
+def _bias_trees(router: Any) -> list[tuple[str, list[str]]]:
+  """Where biases are, in the order of the layers: [(group, layers of its pattern)], then the
+  multi-token prediction modules, whose one layer is called block."""
+  by_number = lambda name: int(name.rsplit('_', 1)[1])
+  groups = sorted((name for name in router if name.startswith('group_')), key=by_number)
+  ahead = sorted((name for name in router if name.startswith('mtp_')), key=by_number)
+  return [(g, sorted(router[g], key=by_number)) for g in groups] + [(m, ['block']) for m in ahead]
+
+
 def stack_bias(router: Any) -> jax.Array:
-  """The biases of all layers as [L, E]: groups in order, repeats before pattern positions."""
-  groups = sorted(router, key=lambda name: int(name.split('_')[1]))
+  """The biases of all layers as [L, E]: groups in order, repeats before pattern positions, then
+  multi-token prediction."""
   stacked = []
-  for group in groups:
-    layers = sorted(router[group], key=lambda name: int(name.split('_')[1]))
-    bias = jnp.stack([router[group][name]['moe']['bias_E'] for name in layers], axis=1)
+  for group, layers in _bias_trees(router):
+    bias = jnp.stack([router[group][name]['moe']['bias_E'] for name in layers], axis=-2)
     stacked.append(bias.reshape(-1, bias.shape[-1]))
   return jnp.concatenate(stacked)
 
@@ -123,12 +164,12 @@ def stack_bias(router: Any) -> jax.Array:
 def unstack_bias(router: Any, bias_LE: jax.Array) -> Any:
   """Inverse of `stack_bias`: the tree of `router` with the values of `bias_LE`."""
   new, at = {}, 0
-  for group in sorted(router, key=lambda name: int(name.split('_')[1])):
-    layers = sorted(router[group], key=lambda name: int(name.split('_')[1]))
-    repeats = router[group][layers[0]]['moe']['bias_E'].shape[0]
-    rows = bias_LE[at : at + repeats * len(layers)].reshape(repeats, len(layers), -1)
-    at += repeats * len(layers)
-    new[group] = {name: {'moe': {'bias_E': rows[:, i]}} for i, name in enumerate(layers)}
+  for group, layers in _bias_trees(router):
+    shape = router[group][layers[0]]['moe']['bias_E'].shape
+    num = math.prod(shape[:-1]) * len(layers)
+    rows = bias_LE[at : at + num].reshape(*shape[:-1], len(layers), shape[-1])
+    at += num
+    new[group] = {name: {'moe': {'bias_E': rows[..., i, :]}} for i, name in enumerate(layers)}
   return new
 
 
@@ -150,7 +191,8 @@ def make_train_step(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[Train
     updates, opt = tx.update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
 
-    metrics = {f'train/{name}': seen[name] for name in ('loss', 'lm_loss', 'balance_loss')}
+    losses = ('loss', 'lm_loss', 'balance_loss', 'mtp_loss')
+    metrics = {f'train/{name}': seen[name] for name in losses if name in seen}
     router = state.router
     if router:
       bias_LE = stack_bias(router)
