@@ -146,7 +146,8 @@ def test_remat_changes_no_loss():
 
 
 def test_modules_count_tokens_like_layers_where_they_look_into_their_document():
-  segment_BS = np.asarray(batch()['segments'])
+  with jax.set_mesh(sh.make_mesh((1, 1, 1))):
+    segment_BS = np.asarray(batch()['segments'])
   tokens = [segment_BS.size] + [
     np.asarray(mtp.same_document(jnp.asarray(segment_BS), k)).sum() for k in (1, 2)
   ]
