@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config.model import ModelConfig
+from moe_jax.config.model import COMPRESSED_KINDS, ModelConfig
 from moe_jax.config.rules import not_negative, one_of, positive, require
 
 SCHEDULES = ('constant', 'steps', 'cosine', 'wsd')
@@ -278,11 +278,16 @@ class RunConfig:
       f'Use a multiple of {data * expert * self.microbatches}.',
     )
     kinds = {layer.attention for layer in m.layers}
-    sizes = {f'{kind}.num_heads': getattr(m, kind).num_heads for kind in sorted(kinds)} | {
+    groups = {'compressed' if kind in COMPRESSED_KINDS else kind for kind in kinds}
+    sizes = {f'{group}.num_heads': getattr(m, group).num_heads for group in sorted(groups)} | {
       'd_ff': m.d_ff,
       'vocab_size': m.vocab_size,
       'd_expert': m.moe.d_expert,
     }
+    if 'compressed' in groups:
+      sizes['compressed.num_groups'] = m.compressed.num_groups
+    if 'csa' in kinds:
+      sizes['compressed.num_index_heads'] = m.compressed.num_index_heads
     for name, size in sizes.items():
       require(
         size % model == 0,

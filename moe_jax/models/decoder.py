@@ -12,6 +12,7 @@ from moe_jax.models.attention import KINDS, Where
 from moe_jax.models.grouping import group_layers
 from moe_jax.models.layers import FeedForward, RMSNorm, weight
 from moe_jax.models.moe import MoE
+from moe_jax.models.residual import RESIDUALS
 from moe_jax.precision import Policy
 from moe_jax.routing import Idea
 
@@ -30,7 +31,9 @@ class Output(NamedTuple):
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+  """Attention, then a feed-forward; each reads its normed input from the residual stream and
+  writes back to it: with a plain residual, x + attention(norm(x)), x + feed_forward(norm(x)).
+  """
 
   kind: LayerKind
   cfg: ModelConfig
@@ -38,21 +41,28 @@ class Block(nn.Module):
   policy: Policy
 
   @nn.compact
-  def __call__(self, x_BSD: jax.Array, where: Where, cache: Any):
+  def __call__(self, x: jax.Array, where: Where, cache: Any):
+    """`x` is the residual stream [B, S, D], or [B, S, J, D] of several."""
     c, std = self.cfg, self.cfg.init_std
+    site = RESIDUALS[c.residual].site
+    h_BSD, write = site(c, name='attention_residual')(x)
     attention = KINDS[self.kind.attention](
-      getattr(c, self.kind.attention), c.rope, std, c.norm_eps, self.policy, name='attention'
-    )
-    y_BSD, cache, aux = attention(RMSNorm(c.norm_eps, name='attention_norm')(x_BSD), where, cache)
-    x_BSD += y_BSD
-    h_BSD = RMSNorm(c.norm_eps, name='feed_forward_norm')(x_BSD)
-    if self.kind.feed_forward == 'moe':
-      moe = MoE(c.moe, self.balance, std, self.policy, name='moe')
+      c.attention_config(self.kind.attention), c.rope, std, c.norm_eps, self.policy,
+      name='attention',
+    )  # fmt: skip
+    y_BSD, cache, aux = attention(RMSNorm(c.norm_eps, name='attention_norm')(h_BSD), where, cache)
+    x = write(y_BSD)
+
+    h_BSD, write = site(c, name='feed_forward_residual')(x)
+    h_BSD = RMSNorm(c.norm_eps, name='feed_forward_norm')(h_BSD)
+    if self.kind.feed_forward == 'dense':
+      y_BSD = FeedForward(c.d_ff, std, self.policy, name='dense')(h_BSD)
+    else:
+      num_hash_ids = c.vocab_size if self.kind.feed_forward == 'moe_hash' else 0
+      moe = MoE(c.moe, self.balance, std, self.policy, num_hash_ids, name='moe')
       y_BSD, seen = moe(h_BSD, where)
       aux |= seen
-    else:
-      y_BSD = FeedForward(c.d_ff, std, self.policy, name='dense')(h_BSD)
-    return x_BSD + y_BSD, cache, aux
+    return write(y_BSD), cache, aux
 
 
 class Pattern(nn.Module):
@@ -62,16 +72,18 @@ class Pattern(nn.Module):
   cfg: ModelConfig
   balance: tuple[Idea, ...]
   policy: Policy
+  intermediates: bool = False
 
   @nn.compact
-  def __call__(self, x_BSD: jax.Array, caches: Any, where: Where):
+  def __call__(self, x: jax.Array, caches: Any, where: Where):
     new, aux = [], []
     for i, kind in enumerate(self.kinds):
       block = Block(kind, self.cfg, self.balance, self.policy, name=f'layer_{i}')
-      x_BSD, cache, seen = block(x_BSD, where, None if caches is None else caches[i])
+      entering = {'entering': x} if self.intermediates else {}
+      x, cache, seen = block(x, where, None if caches is None else caches[i])
       new.append(cache)
-      aux.append(seen)
-    return x_BSD, (None if caches is None else new, aux)
+      aux.append(seen | entering)
+    return x, (None if caches is None else new, aux)
 
 
 class Decoder(nn.Module):
@@ -86,13 +98,21 @@ class Decoder(nn.Module):
   balance: tuple[Idea, ...] = ()
 
   @nn.compact
-  def __call__(self, where: Where, cache: Any = None) -> Output:
-    """Args: `cache` from `empty_cache`, to decode; None to train."""
+  def __call__(self, where: Where, cache: Any = None, *, intermediates: bool = False) -> Output:
+    """Reads tokens.
+
+    Args:
+      cache: from `empty_cache`, to decode; None to train.
+      intermediates: also returns aux['entering'], the residual stream entering each layer, [L, B,
+        S, D] or [L, B, S, J, D].
+    """
     c, V, D = self.cfg, self.cfg.vocab_size, self.cfg.d_model
     embedding_VD = weight(self, 'embedding_VD', (V, D), sh.EMBEDDING_VD, std=c.init_std)
     weight(self, 'head_DV', (D, V), sh.HEAD_DV, std=c.init_std)
     table_VD = jax.sharding.reshard(self.policy.cast(embedding_VD), jax.P(None, None))
     x_BSD = table_VD.at[where.token_BS].get(out_sharding=sh.STREAM)
+    residual = RESIDUALS[c.residual]
+    x = residual.enter(c, x_BSD)
 
     caches, aux = [], []
     for i, (kinds, repeats) in enumerate(group_layers(c.layers)):
@@ -105,10 +125,11 @@ class Decoder(nn.Module):
         split_rngs={'params': True},
         in_axes=cast(Any, (0, nn.broadcast)),
         length=repeats,
-      )(kinds, c, self.balance, self.policy, name=f'group_{i}')
-      x_BSD, (new, seen) = group(x_BSD, None if cache is None else cache[i], where)
+      )(kinds, c, self.balance, self.policy, intermediates, name=f'group_{i}')
+      x, (new, seen) = group(x, None if cache is None else cache[i], where)
       caches.append(new)
       aux.append(seen)
+    x_BSD = residual.leave(c, name='leave')(x)
     hidden_BSD = RMSNorm(c.norm_eps, name='final_norm')(x_BSD)
     return Output(hidden_BSD, stack_layers(aux), None if cache is None else caches)
 
@@ -139,7 +160,7 @@ def empty_cache(cfg: ModelConfig, *, batch: int, length: int, dtype: Any) -> lis
     layers = []
     for kind in kinds:
       make = KINDS[kind.attention].empty_cache
-      one = make(getattr(cfg, kind.attention), batch, length, dtype)
+      one = make(cfg.attention_config(kind.attention), batch, length, dtype)
       layers.append(jax.tree.map(lambda a: jnp.stack([a] * repeats), one))  # noqa: B023
     cache.append(layers)
   return cache
