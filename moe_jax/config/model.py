@@ -7,6 +7,7 @@ from moe_jax.config.rules import not_negative, one_of, positive, require
 COMPRESSED_KINDS = ('sliding', 'csa', 'hca')  # these share the fields of `model.compressed`
 ATTENTION_KINDS = ('full', 'mla', *COMPRESSED_KINDS)
 RESIDUAL_KINDS = ('plain', 'mhc')
+INDEXER_STAGES = ('dense_warmup', 'sparse')
 SCORES = ('softmax', 'sigmoid', 'sqrt_softplus')
 GROUP_SCORES = ('max', 'top2')
 REMAT = ('none', 'full', 'dots')
@@ -95,8 +96,9 @@ class CompressedConfig:
   hca_ratio: int = 128
   num_index_heads: int = 8
   d_index: int = 16
-  index_top_k: int = 512  # entries that a query of `csa` sees; 0: all, to warm the indexer up
-  index_loss_weight: float = 1.0
+  index_top_k: int = 512  # entries that a query of `csa` sees
+  stage: str = 'sparse'  # dense_warmup: csa sees all entries, and the indexer learns on all
+  index_loss_weight: float = 1.0  # 0: the indexer does not learn
   # of csa and hca; sliding layers use model.rope
   rope: RopeConfig = RopeConfig(base=160_000.0, yarn_factor=16.0, yarn_original_length=65_536)
 
@@ -104,7 +106,9 @@ class CompressedConfig:
     name = 'model.compressed'
     positive(self, name, 'num_heads', 'd_head', 'd_rope', 'q_rank', 'window', 'num_groups')
     positive(self, name, 'group_rank', 'csa_ratio', 'hca_ratio', 'num_index_heads', 'd_index')
-    not_negative(self, name, 'index_top_k', 'index_loss_weight')
+    positive(self, name, 'index_top_k')
+    not_negative(self, name, 'index_loss_weight')
+    one_of(self, name, 'stage', INDEXER_STAGES)
     require(
       self.d_rope % 2 == 0 and self.d_rope <= min(self.d_head, self.d_index),
       f'{name}.d_rope',

@@ -49,17 +49,22 @@ def mean_loss(
 ) -> tuple[jax.Array, Metrics]:
   """What one micro-batch adds to the loss of its batch, and what was seen on the way.
 
+  To the language loss comes what layers report under names that end in `_loss`, summed over layers.
+
   Args:
     num_targets: valid targets of the whole batch.
   """
   total, out = _apply(model, params, router, part)
   lm = total / jnp.maximum(num_targets, 1).astype(jnp.float32)
-  balance = jnp.zeros((), jnp.float32)
+  losses = {'balance_loss': jnp.zeros((), jnp.float32)}
+  for name, of_layer_L in out.aux.items():
+    if name.endswith('_loss'):
+      losses[name] = of_layer_L.sum() / cfg.microbatches
+  loss = sum(losses.values(), start=lm)
   seen: Metrics = {}
   if 'load_E' in out.aux:
-    balance = out.aux['balance_loss'].sum() / cfg.microbatches
     seen = {'load_LE': out.aux['load_E'], 'entropy_L': out.aux['entropy'] / cfg.microbatches}
-  return lm + balance, {'loss': lm + balance, 'lm_loss': lm, 'balance_loss': balance, **seen}
+  return loss, {'loss': loss, 'lm_loss': lm, **losses, **seen}
 
 
 def loss_and_grads(
@@ -67,7 +72,7 @@ def loss_and_grads(
 ) -> tuple[Metrics, Any]:
   """Losses, counts and gradients of a whole batch, computed in `cfg.microbatches` parts.
 
-  Token losses are averaged over the valid targets of the whole batch, balance losses over parts,
+  Token losses are averaged over the valid targets of the whole batch, layers' losses over parts,
   and `load_LE` counts every token of every part and device.
   """
   num_targets = batch['loss_mask'].sum()
@@ -109,26 +114,40 @@ def router_metrics(load_LE: jax.Array, entropy_L: jax.Array, bias_LE: jax.Array)
   }
 
 
-def stack_bias(router: Any) -> jax.Array:
-  """The biases of all layers as [L, E]: groups in order, repeats before pattern positions."""
+def stack_bias(router: Any, num_experts: int) -> jax.Array:
+  """The biases of all layers as [L, E]: groups in order, repeats before pattern positions.
+
+  A hash-routed layer has no bias, and zeros here.
+  """
   groups = sorted(router, key=lambda name: int(name.split('_')[1]))
   stacked = []
   for group in groups:
     layers = sorted(router[group], key=lambda name: int(name.split('_')[1]))
-    bias = jnp.stack([router[group][name]['moe']['bias_E'] for name in layers], axis=1)
+    bias = jnp.stack([_bias(router[group][name]['moe'], num_experts) for name in layers], axis=1)
     stacked.append(bias.reshape(-1, bias.shape[-1]))
   return jnp.concatenate(stacked)
 
 
+def _bias(moe: Any, num_experts: int) -> jax.Array:
+  if 'bias_E' in moe:
+    return moe['bias_E']
+  return jnp.zeros((len(moe['expert_VK']), num_experts), jnp.float32)
+
+
 def unstack_bias(router: Any, bias_LE: jax.Array) -> Any:
-  """Inverse of `stack_bias`: the tree of `router` with the values of `bias_LE`."""
+  """Inverse of `stack_bias`: the tree of `router` with the values of `bias_LE`; tables stay."""
   new, at = {}, 0
   for group in sorted(router, key=lambda name: int(name.split('_')[1])):
     layers = sorted(router[group], key=lambda name: int(name.split('_')[1]))
-    repeats = router[group][layers[0]]['moe']['bias_E'].shape[0]
+    repeats = len(jax.tree.leaves(router[group])[0])
     rows = bias_LE[at : at + repeats * len(layers)].reshape(repeats, len(layers), -1)
     at += repeats * len(layers)
-    new[group] = {name: {'moe': {'bias_E': rows[:, i]}} for i, name in enumerate(layers)}
+    new[group] = {
+      name: {'moe': {'bias_E': rows[:, i]}}
+      if 'bias_E' in router[group][name]['moe']
+      else router[group][name]
+      for i, name in enumerate(layers)
+    }
   return new
 
 
@@ -150,10 +169,10 @@ def make_train_step(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[Train
     updates, opt = tx.update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
 
-    metrics = {f'train/{name}': seen[name] for name in ('loss', 'lm_loss', 'balance_loss')}
+    metrics = {f'train/{name}': seen[name] for name in seen if name.endswith('loss')}
     router = state.router
     if router:
-      bias_LE = stack_bias(router)
+      bias_LE = stack_bias(router, seen['load_LE'].shape[-1])
       for idea in ideas:
         bias_LE = idea.update_bias(bias_LE, seen['load_LE'])
       router = unstack_bias(router, bias_LE)

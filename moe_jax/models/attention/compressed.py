@@ -167,10 +167,12 @@ class CSA(Sliding):
     visible_BSN = entries_visible(
       _index(where), entries.end_BN, where.segment_BS, entries.segment_BN
     )
-    selected_BSN = select_top_k(score_BSN, visible_BSN, k=c.index_top_k)
+    selected_BSN = visible_BSN
+    if c.stage == 'sparse':
+      selected_BSN = select_top_k(score_BSN, visible_BSN, k=c.index_top_k)
 
     def aux(mass_BSN: jax.Array) -> Aux:
-      if cache is not None:
+      if cache is not None or not c.index_loss_weight:
         return {}
       loss = index_loss(score_BSN, mass_BSN, selected_BSN, where.segment_BS > 0)
       return {'indexer_loss': c.index_loss_weight * loss}

@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import sharding as sh
@@ -44,7 +45,11 @@ class EntryIndexer(nn.Module):
     weight_DH = weight(self, 'weight_DH', (D, c.num_index_heads), sh.MATRIX_DF, std=self.std)
     q_BSHC = matmul('bsq,qhc->bshc', latent_BSQ, q_QHC, sh.HEADS_DHC, policy=self.policy)
     q_BSHC = rotate_last(q_BSHC, where.position_BS, freq)
-    weight_BSH = matmul('bsd,dh->bsh', x_BSD, weight_DH, sh.MATRIX_DF, policy=self.policy)
+    # float32 under every policy, as the gate: rounding here changes which entries are seen
+    weight_DH = jax.sharding.reshard(weight_DH, sh.gathered(sh.MATRIX_DF))
+    weight_BSH = jnp.einsum(
+      'bsd,dh->bsh', x_BSD.astype(jnp.float32), weight_DH, precision='highest'
+    )
     compressor = Compressor(
       c.d_index, c.csa_ratio, True, self.std, self.eps, self.policy, name='compressor'
     )

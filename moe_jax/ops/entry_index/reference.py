@@ -21,9 +21,9 @@ def select_top_k(
   score_BSN: Float[Array, 'B S N'], visible_BSN: Bool[Array, 'B S N'], *, k: int
 ) -> Bool[Array, 'B S N']:
   """The k visible entries of the largest scores, or all where there are no more; of equals, the
-  first. k = 0 selects everything visible.
+  first.
   """
-  if k == 0 or k >= score_BSN.shape[-1]:
+  if k >= score_BSN.shape[-1]:
     return visible_BSN
   score_BSN = jax.lax.stop_gradient(jnp.where(visible_BSN, score_BSN, -jnp.inf))
   least_BS1 = jax.lax.top_k(score_BSN, k)[0][..., -1:]
@@ -44,7 +44,7 @@ def index_loss(
   to sum to one; it carries no gradient. V4's loss is not published: this is equation 4 of
   arXiv:2512.02556 read with compressed entries for keys. Chosen here: p leaves out what went to the
   window and the sink and is normalised on the selected set, tokens are averaged rather than summed,
-  and with everything selected (k = 0) it is that paper's warm-up loss, equation 3.
+  and with all visible entries selected it is that paper's warm-up loss, equation 3.
   """
   mass_BSN = jax.lax.stop_gradient(jnp.where(selected_BSN, mass_BSN, 0))
   p_BSN = mass_BSN / jnp.maximum(mass_BSN.sum(-1, keepdims=True), 1e-20)
