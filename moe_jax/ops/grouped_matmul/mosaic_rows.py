@@ -37,8 +37,9 @@ from moe_jax.ops.grouped_matmul.mosaic_common import (
 )
 from moe_jax.ops.grouped_matmul.tiles import Tile
 
-# columns that leave at a time; 64 would not leave room for four stages beside both staging forms
-_CHUNK = 32
+# columns that leave at a time: of a whole slab, and of one that is cut. TMA wants a piece to start
+# at 128 bytes, so a row of the second has that; 64 for both would not leave room for four stages.
+_CHUNK, _EDGE_CHUNK = 32, 64
 
 
 class Work(NamedTuple):
@@ -153,41 +154,41 @@ def rows_matmul(
         """Rows [lo, live) of a slab as they are, [live, own) as zeros, others not at all."""
         whole = (lo <= 0) & (own >= SLAB)
         index = plgpu.broadcasted_iota(jnp.int32, (SLAB,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
-        real = lax.broadcast_in_dim((index < live).astype(jnp.float32), (SLAB, _CHUNK), [0])
+        real = (index < live).astype(jnp.float32)
 
-        def chunk(c):
-          part = y[:, c * _CHUNK : (c + 1) * _CHUNK]
+        def chunk(c, size):
+          part = y[:, c * size : (c + 1) * size]
           # a select: a row of nobody may have come out as NaN
-          return jnp.where(real > 0, part, 0).astype(y_g.dtype)
-
-        chunks = range(y.shape[1] // _CHUNK)
-        columns_of = lambda c: pl.ds(column + c * _CHUNK, _CHUNK)
+          keep = lax.broadcast_in_dim(real, part.shape, [0]) > 0
+          return jnp.where(keep, part, 0).astype(y_g.dtype)
 
         @pl.when(whole)
         def _():
-          for c in chunks:
+          for c in range(y.shape[1] // _CHUNK):
             plgpu.wait_smem_to_gmem(min(c, 1), wait_read_only=True)
-            y_s[group, c % 2] = chunk(c)
+            y_s[group, c % 2] = chunk(c, _CHUNK)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_s.at[group, c % 2], y_g.at[pl.ds(row, SLAB), columns_of(c)])
+            at = pl.ds(row, SLAB), pl.ds(column + c * _CHUNK, _CHUNK)
+            plgpu.copy_smem_to_gmem(y_s.at[group, c % 2], y_g.at[at])
 
         start = lax.max(lo, 0)
         size = lax.min(own, SLAB) - start
 
         @pl.when(jnp.logical_not(whole) & (size > 0))
         def _():
-          for c in chunks:
+          for c in range(y.shape[1] // _EDGE_CHUNK):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            edge_s[group] = chunk(c)
+            edge_s[group] = chunk(c, _EDGE_CHUNK)
             plgpu.commit_smem()
+            at_column = pl.ds(column + c * _EDGE_CHUNK, _EDGE_CHUNK)
             at = start
             for piece in (32, 16, 8, 4, 2, 1):
 
               @pl.when((size & piece) != 0)
-              def _(at=at, piece=piece):
+              def _(at=at, piece=piece, at_column=at_column):
                 plgpu.copy_smem_to_gmem(
                   edge_s.at[group, pl.ds(at, piece)],
-                  y_g.at[pl.ds(row + at, piece), columns_of(c)],  # noqa: B023
+                  y_g.at[pl.ds(row + at, piece), at_column],
                 )
 
               at += size & piece
@@ -233,7 +234,7 @@ def rows_matmul(
       plgpu.SMEM((tile.stages, tile.m, tile.k), x_RK.dtype, transforms=smem_layout(tile.k)),
       plgpu.SMEM((tile.stages, *w_tile), w.dtype, transforms=smem_layout(64)),
       plgpu.SMEM((2, 2, SLAB, _CHUNK), x_RK.dtype, transforms=smem_layout(_CHUNK)),
-      plgpu.SMEM((2, SLAB, _CHUNK), x_RK.dtype),
+      plgpu.SMEM((2, SLAB, _EDGE_CHUNK), x_RK.dtype),
       plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
       plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
     ),

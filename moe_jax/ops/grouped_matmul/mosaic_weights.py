@@ -33,15 +33,15 @@ from moe_jax.ops.grouped_matmul.mosaic_common import (
 from moe_jax.ops.grouped_matmul.tiles import Tile
 
 
-def plan(num_rows: int, offsets_E: jax.Array, sizes_E: jax.Array) -> jax.Array:
-  """[E, 4]: base, and counted from it lo and end, rows [lo, end) are the group; next to nobody."""
+def plan(num_rows: int, offsets_E: jax.Array, sizes_E: jax.Array, tile_k: int) -> jax.Array:
+  """[E, 4]: base, and counted from it lo and end, rows [lo, end) are the group; near to nobody."""
   next_E = jnp.append(offsets_E[1:], num_rows)
   end_E = jnp.minimum(offsets_E + sizes_E, next_E)
   base_E = offsets_E // 8 * 8
-  # a gap anywhere after the group, or in the up to 7 rows before it
-  gap_after_E = end_E < next_E
-  gap_before_E = jnp.append(False, (gap_after_E | (sizes_E == 0))[:-1]) & (base_E < offsets_E)
-  rows = (base_E, offsets_E - base_E, end_E - base_E, gap_after_E | gap_before_E)
+  # a small expert's only step may reach over several groups, so look at every gap
+  reach_E = base_E + -(-(end_E - base_E) // tile_k) * tile_k
+  near_EE = (end_E < reach_E[:, None]) & (next_E > base_E[:, None]) & (end_E < next_E)
+  rows = (base_E, offsets_E - base_E, end_E - base_E, near_EE.any(axis=1))
   return jnp.stack(rows, axis=1).astype(jnp.int32)
 
 

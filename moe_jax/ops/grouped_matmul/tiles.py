@@ -14,7 +14,7 @@ TABLE = pathlib.Path(__file__).with_name('tiles.json')
 # what a Hopper block may have, less room for barriers and alignment
 _SMEM_BYTES = 232_448 - 2_048
 # both staging buffers of mosaic_rows.py, and of mosaic_weights.py
-_STAGING_BYTES = {'forward': 24_576, 'dgrad': 24_576, 'wgrad': 32_768}
+_STAGING_BYTES = 32_768
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Tile:
 
   def fits(self, op: str) -> bool:
     ring = self.stages * (self.m + self.n) * self.k * 2
-    return ring + _STAGING_BYTES[op] <= _SMEM_BYTES
+    return ring + _STAGING_BYTES <= _SMEM_BYTES
 
 
 def candidates(op: str, n: int) -> list[Tile]:
