@@ -38,22 +38,15 @@ def closed_windows(
     segment_BT: document numbers, 0 for padding, which has no windows.
     num_entries: N, at least as many as can close: (T - first) / ratio, rounded up.
   """
-  T = position_BT.shape[1]
-  closes_BT = ((position_BT + 1) % ratio == 0) & (segment_BT > 0) & (jnp.arange(T) >= first)
-  # stable: those that close come first, in order
-  end_BN = jnp.argsort(~closes_BT, axis=1, stable=True)[:, :num_entries]
-  position_BN, segment_BN, live_BN = (
-    jnp.take_along_axis(a, end_BN, axis=1) for a in (position_BT, segment_BT, closes_BT)
-  )
-  return Windows(end_BN, position_BN, jnp.where(live_BN, segment_BN, 0), live_BN)
 
+  def row(position_T: Array, segment_T: Array) -> Windows:
+    T = len(position_T)
+    closes_T = ((position_T + 1) % ratio == 0) & (segment_T > 0) & (jnp.arange(T) >= first)
+    end_N = jnp.nonzero(closes_T, size=num_entries, fill_value=T - 1)[0]
+    live_N = jnp.arange(num_entries) < closes_T.sum()
+    return Windows(end_N, position_T[end_N], jnp.where(live_N, segment_T[end_N], 0), live_N)
 
-def _rows(a_BTX: Array, end_BN: Array, ratio: int) -> Array:
-  """The `ratio` rows up to and with each end, [B, N, M, X]; rows before the first repeat it."""
-  B, N = end_BN.shape
-  index_BNM = jnp.maximum(end_BN[..., None] - ratio + 1 + jnp.arange(ratio), 0)
-  rows = jnp.take_along_axis(a_BTX, index_BNM.reshape(B, N * ratio, 1), axis=1)
-  return rows.reshape(B, N, ratio, -1)
+  return jax.vmap(row)(position_BT, segment_BT)
 
 
 def compress(
@@ -72,18 +65,19 @@ def compress(
   Float32 inside, content's dtype out. Entries of windows that are not live hold anything finite.
   """
   M = bias_MX.shape[0]
-  dtype = content_BTX.dtype
-  content_BTX, gate_BTX = content_BTX.astype(jnp.float32), gate_BTX.astype(jnp.float32)
-  content_BNMX = _rows(content_BTX, windows.end_BN, M)
-  gate_BNMX = _rows(gate_BTX, windows.end_BN, M) + bias_MX
-  if overlap:
-    C = content_BTX.shape[-1] // 2
-    absent_BN11 = (windows.position_BN < 2 * M - 1)[..., None, None]
-    before_BN = windows.end_BN - M
-    content_BNMC = _rows(content_BTX[..., :C], before_BN, M)
-    gate_BNMC = _rows(gate_BTX[..., :C], before_BN, M) + bias_MX[:, :C]
-    gate_BNMC = jnp.where(absent_BN11, -jnp.inf, gate_BNMC)
-    content_BNMX = jnp.concatenate([content_BNMC, content_BNMX[..., C:]], axis=2)
-    gate_BNMX = jnp.concatenate([gate_BNMC, gate_BNMX[..., C:]], axis=2)
-  weight_BNMX = jax.nn.softmax(gate_BNMX, axis=2)
-  return (weight_BNMX * content_BNMX).sum(2).astype(dtype)
+
+  def row(content_TX: Array, gate_TX: Array, end_N: Array, position_N: Array) -> Array:
+    own_NM = jnp.maximum(end_N[:, None] - M + 1 + jnp.arange(M), 0)
+    content_NMC, gate_NMC = content_TX[own_NM], gate_TX[own_NM] + bias_MX
+    if overlap:
+      C = content_TX.shape[-1] // 2
+      before_NM = jnp.maximum(own_NM - M, 0)
+      absent_N11 = (position_N < 2 * M - 1)[:, None, None]
+      gate_before_NMC = jnp.where(absent_N11, -jnp.inf, gate_TX[before_NM, :C] + bias_MX[:, :C])
+      content_NMC = jnp.concatenate([content_TX[before_NM, :C], content_NMC[..., C:]], axis=1)
+      gate_NMC = jnp.concatenate([gate_before_NMC, gate_NMC[..., C:]], axis=1)
+    return (jax.nn.softmax(gate_NMC, axis=1) * content_NMC).sum(1)
+
+  content32_BTX, gate_BTX = content_BTX.astype(jnp.float32), gate_BTX.astype(jnp.float32)
+  entry_BNC = jax.vmap(row)(content32_BTX, gate_BTX, windows.end_BN, windows.position_BN)
+  return entry_BNC.astype(content_BTX.dtype)
