@@ -10,7 +10,10 @@ import numpy as np
 
 from moe_jax.config import ModelConfig
 from moe_jax.interop.checkpoint import Checkpoint
-from moe_jax.interop.variables import materialize, one_device
+from moe_jax.interop.folders import new_folder
+from moe_jax.interop.native import Native, is_native
+from moe_jax.interop.published import Export
+from moe_jax.interop.variables import InMemory, Source, materialize, one_device
 from moe_jax.models.attention import Where
 from moe_jax.models.decoder import Decoder, Output, head_DV
 from moe_jax.precision import policy
@@ -19,7 +22,9 @@ from moe_jax.precision import policy
 
 
 def load(folder: Path | str) -> tuple[ModelConfig, Any]:
-  """Reads a Hugging Face checkpoint: its config, and its variables on the current mesh, float32.
+  """Reads a checkpoint: its config, and its variables on the current mesh, float32.
+
+  The folder is one for transformers, or one that import_hf made.
 
   Without a current mesh everything goes to one device. Leaf by leaf: beside what is loaded, a
   process holds its share of one leaf.
@@ -27,10 +32,15 @@ def load(folder: Path | str) -> tuple[ModelConfig, Any]:
   Raises:
     InteropError: before anything is read, where the folder is not a whole, supported checkpoint.
   """
-  source = Checkpoint(folder)
+  source = open_source(folder)
   empty = jax.sharding.get_mesh().empty
   with jax.set_mesh(one_device()) if empty else contextlib.nullcontext():
     return source.cfg, materialize(source)
+
+
+def open_source(folder: Path | str) -> Source:
+  """Opens and checks a folder without reading its tensors."""
+  return Native(folder) if is_native(Path(folder)) else Checkpoint(folder)
 
 
 def logits(folder: Path | str, ids: Any) -> np.ndarray:
@@ -56,5 +66,19 @@ def forward_logits(model: Decoder, variables: Any, token_BS: jax.Array) -> jax.A
   return jnp.einsum('bsd,dv->bsv', out.hidden_BSD, head, preferred_element_type=jnp.float32)
 
 
-def save(cfg: ModelConfig, variables: Any, folder: Path | str, packed: bool = False) -> None:
-  raise NotImplementedError
+def save(
+  cfg: ModelConfig, variables: Any, folder: Path | str, packed: bool = False
+) -> None:
+  """Writes variables in the published layout, in the dtype they are held in.
+
+  Args:
+    variables: {'params': ..., 'router': ...}, sharded or not.
+    folder: new or empty; whole or absent afterwards.
+    packed: the experts of a layer in one tensor instead of one each.
+
+  Raises:
+    InteropError: before anything is written, where no published generation is this model.
+  """
+  export = Export(InMemory(cfg, variables), packed=packed)
+  with new_folder(Path(folder)) as partial:
+    export.write(partial)
