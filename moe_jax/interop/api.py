@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import ATTENTION_KINDS, ModelConfig
+from moe_jax.config_io import flatten, to_dict
 from moe_jax.interop.checkpoint import Checkpoint
+from moe_jax.interop.errors import InteropError
 from moe_jax.interop.folders import new_folder
 from moe_jax.interop.native import Native, is_native
 from moe_jax.interop.published import Export
@@ -43,6 +45,29 @@ def open_source(folder: Path | str) -> Source:
   return Native(folder) if is_native(Path(folder)) else Checkpoint(folder)
 
 
+def open_for(cfg: ModelConfig, folder: Path | str) -> Source:
+  """Opens a folder to start training `cfg` from; raises InteropError where it is another model."""
+  source = open_source(folder)
+  ours, theirs = _function(cfg), _function(source.cfg)
+  differ = [n for n in ours | theirs if ours.get(n) != theirs.get(n)]
+  if differ:
+    shown = ', '.join(f'model.{n}={ours.get(n)} (there {theirs.get(n)})' for n in differ)
+    raise InteropError(f'init_from={folder} holds another model than this config: {shown}.')
+  return source
+
+
+def _function(cfg: ModelConfig) -> dict[str, Any]:
+  """The fields that say what a model computes: not how it is trained, nor of kinds it has not."""
+  fields = to_dict(cfg)
+  used = {kind for layer in cfg.layers for kind in (layer.attention, layer.feed_forward)}
+  for kind in (*ATTENTION_KINDS, 'moe'):
+    if kind not in used:
+      fields.pop(kind)
+  for name in ('init_std', 'remat', 'attention_per_layer'):
+    fields.pop(name)
+  return flatten(fields | {'attention': [layer.attention for layer in cfg.layers]})
+
+
 def logits(folder: Path | str, ids: Any) -> np.ndarray:
   """float32 logits [B, S, V] of token ids [B, S], computed on the CPU whatever else there is."""
   ids_BS = np.asarray(ids)
@@ -66,9 +91,7 @@ def forward_logits(model: Decoder, variables: Any, token_BS: jax.Array) -> jax.A
   return jnp.einsum('bsd,dv->bsv', out.hidden_BSD, head, preferred_element_type=jnp.float32)
 
 
-def save(
-  cfg: ModelConfig, variables: Any, folder: Path | str, packed: bool = False
-) -> None:
+def save(cfg: ModelConfig, variables: Any, folder: Path | str, packed: bool = False) -> None:
   """Writes variables in the published layout, in the dtype they are held in.
 
   Args:

@@ -11,8 +11,7 @@ from moe_jax.config_io import nearest
 from moe_jax.interop.errors import InteropError
 
 # what says nothing about the function that the weights compute
-_HARMLESS = frozenset(
-  """
+_HARMLESS = """
   _attn_implementation _name_or_path add_cross_attention architectures attention_dropout auto_map
   aux_loss_alpha bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
   cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
@@ -27,8 +26,7 @@ _HARMLESS = frozenset(
   router_jitter_noise sep_token_id seq_aux suppress_tokens task_specific_params temperature
   tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
   transformers_version typical_p use_bfloat16 use_cache
-  """.split()
-)
+"""
 _MISSING = object()
 
 
@@ -38,13 +36,14 @@ class Fields:
   def __init__(self, path: Path):
     self.path = path
     try:
-      self.values = json.loads(path.read_text())
+      values = json.loads(path.read_text())
     except FileNotFoundError:
       raise InteropError(f'{path} is missing: a checkpoint folder has a config.json.') from None
     except ValueError:
-      self.values = None
-    if not isinstance(self.values, dict):
+      values = None
+    if not isinstance(values, dict):
       raise InteropError(f'{path} is damaged: it should be a JSON object.')
+    self.values: dict[str, Any] = values
     self._asked: set[str] = set()
 
   def fail(self, name: str, rule: str) -> InteropError:
@@ -80,7 +79,7 @@ class Fields:
   def finish(self) -> None:
     """Refuses fields that are neither asked for nor harmless, except those switched off."""
     for name, value in self.values.items():
-      if name in self._asked or name in _HARMLESS or value is None or value is False:
+      if name in self._asked or name in _HARMLESS.split() or value is None or value is False:
         continue
       raise self.fail(name, f'is not a field that this model_type supports. '
                             f'{nearest(name, self._asked)}')  # fmt: skip

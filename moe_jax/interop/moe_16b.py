@@ -129,7 +129,6 @@ def write_config(cfg: ModelConfig) -> dict[str, Any]:
   return {
     'architectures': ['DeepseekForCausalLM'],
     **write_decoder(cfg, heads=cfg.full.num_heads),
-    'head_dim': cfg.full.d_head,
     'scoring_func': 'softmax',
     'norm_topk_prob': cfg.moe.normalize_weights,
     **write_rope(cfg.rope),
@@ -166,9 +165,10 @@ def objection(cfg: ModelConfig) -> str:
     return f'its attention should be full, not {", ".join(sorted(other))}'
   if cfg.moe.score != 'softmax':
     return f'moe.score should be softmax, not {cfg.moe.score}'
+  if cfg.full.num_heads * cfg.full.d_head != cfg.d_model:
+    return 'full.num_heads * full.d_head should be d_model'
   if cfg.moe.top_groups != cfg.moe.num_groups or cfg.moe.weight_scale != 1:
     return 'moe.top_groups should be moe.num_groups, and moe.weight_scale 1'
   if cfg.rope.yarn_factor > 1:
     return 'rope.yarn_factor should be 1'
   return ''
-

@@ -14,7 +14,6 @@ from moe_jax.interop.variables import Source
 
 # what a checkpoint's own config.json says beyond the model, and is handed on
 _HANDED_ON = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'max_position_embeddings')
-_NAMES = {'float32': 'float32', 'bfloat16': 'bfloat16', 'float16': 'float16'}
 
 
 class Export:
@@ -79,8 +78,9 @@ class Export:
   def _plan(self, blocks: dict[tuple[int, ...], list[Link]], dtype: np.dtype | None) -> Plan:
     link = next(iter(blocks.values()))[0]
     own = self._source.dtype(link.leaf)
-    keep = dtype is None or link.leaf.startswith('router.')
-    return Plan(own if keep else dtype, tensor_shape(link, self._source.shapes))
+    if dtype is None or link.leaf.startswith('router.'):
+      dtype = own
+    return Plan(dtype, tensor_shape(link, self._source.shapes))
 
   def _refuse_what_is_lost(self, found: list[Link], model_type: str) -> None:
     for link in found:

@@ -122,7 +122,9 @@ def _read_index(folder: Path) -> dict[str, Tensor]:
     where = json.loads((folder / INDEX).read_text())['weight_map']
     files = {name: folder / file for name, file in where.items()}
   except (ValueError, KeyError, TypeError, AttributeError):
-    raise InteropError(f'{folder / INDEX} is damaged: it should be JSON with a weight_map.') from None
+    raise InteropError(
+      f'{folder / INDEX} is damaged: it should be JSON with a weight_map.'
+    ) from None
   headers = {}
   for file in sorted(set(files.values())):
     if not file.is_file():

@@ -25,8 +25,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Source(Protocol):
   """Something that holds the leaves of a model."""
 
-  cfg: ModelConfig
-  shapes: Shapes
+  @property
+  def cfg(self) -> ModelConfig: ...
+
+  @property
+  def shapes(self) -> Shapes: ...
 
   def lead(self, leaf: str) -> int:
     """How many leading dims to index, so that a block is small."""
@@ -67,16 +70,18 @@ def materialize(source: Source) -> Any:
 
   Each block is read once; a process holds its own shards of one leaf beside what is already loaded.
   """
-  mesh, tree = jax.sharding.get_mesh(), target(source.cfg)
+  mesh = jax.sharding.get_mesh()
+  try:
+    tree = target(source.cfg)
+  except ValueError as e:
+    raise InteropError(
+      f'the model does not divide over the mesh {dict(mesh.shape)}: {str(e).splitlines()[0]}'
+    ) from e
   leaves = []
   for name, leaf in flat(tree).items():
     sharding = NamedSharding(mesh, leaf.sharding.spec)
-    try:
-      where = sharding.addressable_devices_indices_map(leaf.shape)
-    except ValueError as e:
-      raise InteropError(f'{name} of shape {list(leaf.shape)} does not divide over the mesh '
-                         f'{dict(mesh.shape)}. Choose another mesh.') from e  # fmt: skip
-    shards = {_ranges(index, leaf.shape): index for index in where.values()}
+    where = sharding.addressable_devices_indices_map(leaf.shape)
+    shards = {_ranges(index, leaf.shape) for index in where.values() if index is not None}
     parts = {r: np.empty([stop - start for start, stop in r], np.float32) for r in shards}
     lead = source.lead(name)
     for at in itertools.product(*map(range, leaf.shape[:lead])):
@@ -102,7 +107,9 @@ class InMemory:
 
   def __init__(self, cfg: ModelConfig, variables: Any):
     self.cfg, self.shapes = cfg, leaf_shapes(cfg)
-    self._leaves = flat({name: variables[name] for name in ('params', 'router') if name in variables})
+    self._leaves = flat(
+      {name: variables[name] for name in ('params', 'router') if name in variables}
+    )
     found = {name: tuple(leaf.shape) for name, leaf in self._leaves.items()}
     for name in self.shapes | found:
       if self.shapes.get(name) != found.get(name):
@@ -129,9 +136,7 @@ class InMemory:
     out = np.empty(array.shape[len(at) :], array.dtype)
     for shard in array.addressable_shards:
       ranges = _ranges(shard.index, array.shape)
-      if shard.replica_id == 0 and all(
-        a <= i < b for i, (a, b) in zip(at, ranges, strict=False)
-      ):
+      if shard.replica_id == 0 and all(a <= i < b for i, (a, b) in zip(at, ranges, strict=False)):
         inner = tuple(slice(a, b) for a, b in ranges[len(at) :])
         local = tuple(i - a for i, (a, _) in zip(at, ranges, strict=False))
         out[inner] = np.asarray(shard.data)[local]
