@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import ATTENTION_KINDS, ModelConfig
+from moe_jax.config import ATTENTION_KINDS, COMPRESSED_KINDS, ModelConfig
 from moe_jax.config_io import flatten, to_dict
 from moe_jax.interop.checkpoint import Checkpoint
 from moe_jax.interop.errors import InteropError
@@ -60,9 +60,12 @@ def _function(cfg: ModelConfig) -> dict[str, Any]:
   """The fields that say what a model computes: not how it is trained, nor of kinds it has not."""
   fields = to_dict(cfg)
   used = {kind for layer in cfg.layers for kind in (layer.attention, layer.feed_forward)}
-  for kind in (*ATTENTION_KINDS, 'moe'):
-    if kind not in used:
-      fields.pop(kind)
+  if used & set(COMPRESSED_KINDS):
+    used.add('compressed')
+  if any(kind.startswith('moe') for kind in used):
+    used.add('moe')
+  for group in {*ATTENTION_KINDS, 'compressed', 'moe'} - {*COMPRESSED_KINDS, *used}:
+    fields.pop(group)
   for name in ('init_std', 'remat', 'attention_per_layer'):
     fields.pop(name)
   return flatten(fields | {'attention': [layer.attention for layer in cfg.layers]})

@@ -82,7 +82,7 @@ def materialize(source: Source) -> Any:
     sharding = NamedSharding(mesh, leaf.sharding.spec)
     where = sharding.addressable_devices_indices_map(leaf.shape)
     shards = {_ranges(index, leaf.shape) for index in where.values() if index is not None}
-    parts = {r: np.empty([stop - start for start, stop in r], np.float32) for r in shards}
+    parts = {r: np.empty([stop - start for start, stop in r], leaf.dtype) for r in shards}
     lead = source.lead(name)
     for at in itertools.product(*map(range, leaf.shape[:lead])):
       holders = [r for r in parts if all(a <= i < b for i, (a, b) in zip(at, r, strict=False))]

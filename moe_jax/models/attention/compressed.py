@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax import sharding as sh
 from moe_jax.config import CompressedConfig, RopeConfig
-from moe_jax.models.attention.base import Aux, Cache, Where, rope_frequencies
+from moe_jax.models.attention.base import Aux, Cache, Where, rope_frequencies, spread
 from moe_jax.models.attention.compressor import Compressor
 from moe_jax.models.attention.entry_indexer import EntryIndexer
 from moe_jax.models.layers import RMSNorm, matmul, weight
@@ -54,6 +54,7 @@ class Sliding(nn.Module):
   def __call__(self, x_BSD: jax.Array, where: Where, cache: Cache | None):
     c, D = self.cfg, x_BSD.shape[-1]
     Q, H, C = c.q_rank, c.num_heads, c.d_head
+    where = spread(where)
     freq = rope_frequencies(c.d_rope, c.rope if self.compressed else self.rope)
     sink_H = self.param('sink_H', _zeros, (H,))
 
