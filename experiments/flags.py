@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -27,6 +28,17 @@ def define(values: flags.FlagValues) -> flags.FlagHolder:
   )
 
 
+def parse_flags(argv: Sequence[str], values: flags.FlagValues) -> None:
+  """Parses plain flags; raises UsageError for one that is unknown or has an impossible value."""
+  try:
+    extra = values(argv)[1:]
+  except flags.Error as error:
+    text = one_line(error).removeprefix('flag ').replace(': ', ' ').rstrip('? .')
+    raise UsageError(f'{text}.') from error
+  if extra:
+    raise UsageError(f'{extra[0]!r} is not understood. Flags are written --name=value.')
+
+
 def parse(
   argv: Sequence[str], values: flags.FlagValues, config: flags.FlagHolder
 ) -> tuple[ml_collections.ConfigDict, list[str]]:
@@ -36,41 +48,52 @@ def parse(
     UsageError: for whatever is wrong, in one line.
   """
   # config_flags looks for the config's file in sys.argv, whatever it is given to parse
+  _check_file(argv)
   saved, sys.argv = sys.argv, list(argv)
   try:
-    extra = values(argv)[1:]
+    parse_flags(argv, values)
     chosen = config.value
   except Exception as error:
     raise UsageError(_explain(argv, error)) from error
   finally:
     sys.argv = saved
-  if extra:
-    raise UsageError(f'{extra[0]!r} is not understood. Flags are written --name=value.')
   if chosen is None:
     raise UsageError('--config is missing. Name a file, such as experiments/configs/quickstart.py.')
   return chosen, [a.removeprefix('--config.') for a in argv if a.startswith('--config.')]
 
 
-def _explain(argv: Sequence[str], error: Exception) -> str:
+def _given(argv: Sequence[str]) -> tuple[str | None, str, str]:
+  """The value of --config, its file and its argument."""
   given = next((a.partition('=')[2] for a in argv if a.startswith('--config=')), None)
   file, _, arg = (given or '').partition(':')
+  return given, file, arg
+
+
+def _check_file(argv: Sequence[str]) -> None:
+  given, file, _ = _given(argv)
   if given is not None and not Path(file).is_file():
     found = sorted(str(p) for p in Path('experiments/configs').rglob('*.py'))
-    return f'--config={given}: there is no file {file}. {config_io.nearest(file, found)}'
+    raise UsageError(
+      f'--config={given}: there is no file {file!r}. {config_io.nearest(file, found)}'
+    )
+
+
+def _explain(argv: Sequence[str], error: Exception) -> str:
+  given, file, arg = _given(argv)
   if isinstance(error, SyntaxError):
     return f'--config={given}: {file} is not Python: {error.msg} (line {error.lineno}).'
   if given is not None:
     try:
       known = load(file, arg)
     except Exception as e:
-      return f'--config={given}: {file} failed: {_one_line(e)}'
+      return f'--config={given}: {file} failed: {one_line(e)}'
     for override in argv:
       if override.startswith('--config.'):
         name = override.removeprefix('--config.').partition('=')[0]
-        problem = _unknown_field(known, name)
+        problem = _unknown_field(known, name) or _wrong_type(known, *override[9:].split('=', 1))
         if problem:
           return problem
-  return _one_line(error).removeprefix('flag ')
+  return one_line(error).removeprefix('flag ')
 
 
 def load(file: str, arg: str = '') -> ml_collections.ConfigDict:
@@ -93,5 +116,22 @@ def _unknown_field(config: ml_collections.ConfigDict, name: str) -> str | None:
   return None
 
 
-def _one_line(error: BaseException) -> str:
+def _wrong_type(config: ml_collections.ConfigDict, name: str, value: str = '') -> str | None:
+  *path, last = name.split('.')
+  group: Any = config
+  for part in path:
+    group = group[part]
+  kind = group.get_type(last)
+  if kind not in (int, float):
+    return None
+  try:
+    kind(value)
+  except ValueError:
+    hint = ' (integers take no exponent: write 10000, not 1e4)' if kind is int else ''
+    return f'config.{name}={value!r} must be {kind.__name__}{hint}.'
+  return None
+
+
+def one_line(error: BaseException) -> str:
+  """An error's text with its line breaks folded."""
   return ' '.join(str(error).split()) or type(error).__name__

@@ -28,6 +28,7 @@ from moe_jax.analysis.report import write_report
 from moe_jax.config import RunConfig
 from moe_jax.data.pipeline import RowSource
 from moe_jax.infer.decode import generate
+from moe_jax.interop.api import open_for
 from moe_jax.train import cost, loop
 from moe_jax.train.checkpoint import CheckpointError
 from moe_jax.train.metrics import read_metrics
@@ -49,6 +50,8 @@ def run(cfg: RunConfig, path: str, *, overrides: Sequence[str] = (), command: st
     WorkdirError, CheckpointError, OSError: the workdir cannot be used.
   """
   routing.choose(cfg.balance, cfg.routing)
+  if cfg.init_from:
+    open_for(cfg.model, cfg.init_from)
   mesh = sh.make_mesh(cfg.check_mesh(jax.device_count()))
   sources = functools.cache(functools.partial(_source, cfg))
   vocabulary = sources('train').tokenizer.vocab_size
@@ -60,7 +63,7 @@ def run(cfg: RunConfig, path: str, *, overrides: Sequence[str] = (), command: st
   first = jax.process_index() == 0
   with (
     jax.set_mesh(mesh),
-    Workdir.open(path, config_io.to_dict(cfg), may_change=MAY_CHANGE) as workdir,
+    Workdir.open(path, _recorded(cfg), may_change=MAY_CHANGE, defaults=_defaults()) as workdir,
   ):
     target = loop.state_target(cfg)
     console = make_console() if first else make_console(open(os.devnull, 'w'))  # noqa: SIM115
@@ -88,6 +91,21 @@ def run(cfg: RunConfig, path: str, *, overrides: Sequence[str] = (), command: st
       atomic_write_text(workdir.path / 'summary.json', json.dumps(summary, indent=2) + '\n')
       _show(console, summary, write_report(workdir.path))
   return 0
+
+
+def _recorded(cfg: RunConfig) -> dict[str, Any]:
+  """What config.json holds: of the balancing ideas, those in use."""
+  used = set(cfg.balance.split('+'))
+  routing_fields = {name: fields for name, fields in cfg.routing.items() if name in used}
+  return config_io.to_dict(cfg) | {'routing': routing_fields}
+
+
+def _defaults() -> dict[str, Any]:
+  """Every field's default; a workdir made before a field existed was made with it."""
+  defaults = config_io.to_dict(RunConfig())
+  # these two hold entries that a config names itself
+  del defaults['routing'], defaults['data']['domains']
+  return defaults
 
 
 def _source(cfg: RunConfig, split: str) -> RowSource:
@@ -195,11 +213,7 @@ def _show(console: Any, summary: dict[str, Any], report: Any) -> None:
   console.print(f'report: {report}')
 
 
-def _one_line(error: BaseException) -> str:
-  return ' '.join(str(error).split())
-
-
-def main(argv: Sequence[str] = sys.argv) -> int:
+def main(argv: Sequence[str]) -> int:
   values = flags.FlagValues()
   config = config_flags.define(values)
   workdir = flags.DEFINE_string(
@@ -213,8 +227,8 @@ def main(argv: Sequence[str] = sys.argv) -> int:
     flag_values=values,
   )
   logging.basicConfig(format='%(levelname)s %(message)s', level=logging.WARNING)
-  if '--help' in argv or '-h' in argv:
-    print(__doc__, values.main_module_help() or values.get_help(), sep='\n')
+  if {'--help', '-h'} & set(argv):
+    print(__doc__, values.get_help(), sep='\n')
     return 0
   try:
     raw, overrides = config_flags.parse(argv, values, config)
@@ -225,10 +239,18 @@ def main(argv: Sequence[str] = sys.argv) -> int:
     command = f'python -m experiments.run {shlex.join(argv[1:])}'
     return run(cfg, workdir.value, overrides=overrides, command=command)
   except (ValueError, WorkdirError, CheckpointError) as e:
-    print(f'error: {_one_line(e)}', file=sys.stderr)
+    print(f'error: {config_flags.one_line(e)}', file=sys.stderr)
   except OSError as e:
     where = f' ({e.filename})' if e.filename else ''
     print(f'error: cannot read or write{where}: {e.strerror or e}.', file=sys.stderr)
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    print(
+      f'error: out of device memory: {config_flags.one_line(e)}. Raise microbatches, set '
+      "model.remat='full', lower data.batch_size, or use more devices.",
+      file=sys.stderr,
+    )
   return 2
 
 

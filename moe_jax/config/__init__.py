@@ -6,8 +6,11 @@ below it nothing reads a dictionary.
 
 from moe_jax.config.model import (
   ATTENTION_KINDS,
+  COMPRESSED_KINDS,
+  CompressedConfig,
   FullAttentionConfig,
   LayerKind,
+  MHCConfig,
   MLAConfig,
   ModelConfig,
   MoEConfig,
@@ -32,8 +35,10 @@ from moe_jax.config.run import (
 
 __all__ = [
   'ATTENTION_KINDS',
+  'COMPRESSED_KINDS',
   'PRECISIONS',
   'CheckpointConfig',
+  'CompressedConfig',
   'DataConfig',
   'DomainConfig',
   'EvalConfig',
@@ -41,6 +46,7 @@ __all__ = [
   'GuardConfig',
   'LayerKind',
   'LogConfig',
+  'MHCConfig',
   'MLAConfig',
   'MTPConfig',
   'MeshConfig',

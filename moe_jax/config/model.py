@@ -4,8 +4,11 @@ import dataclasses
 
 from moe_jax.config.rules import not_negative, one_of, positive, require
 
-ATTENTION_KINDS = ('full', 'mla')
-SCORES = ('softmax', 'sigmoid')
+COMPRESSED_KINDS = ('sliding', 'csa', 'hca')  # these share the fields of `model.compressed`
+ATTENTION_KINDS = ('full', 'mla', *COMPRESSED_KINDS)
+RESIDUAL_KINDS = ('plain', 'mhc')
+INDEXER_STAGES = ('dense_warmup', 'sparse')
+SCORES = ('softmax', 'sigmoid', 'sqrt_softplus')
 GROUP_SCORES = ('max', 'top2')
 REMAT = ('none', 'full', 'dots')
 
@@ -21,9 +24,10 @@ class RopeConfig:
   yarn_beta_slow: float = 1.0
   # softmax scale times (0.1 * this * ln(yarn_factor) + 1)^2
   yarn_mscale_all_dim: float = 1.0
+  yarn_magnitude: float = 1.0  # cos and sin times this; 1 in every released model
 
   def __post_init__(self):
-    positive(self, 'model.rope', 'base', 'yarn_original_length', 'yarn_beta_fast')
+    positive(self, 'model.rope', 'base', 'yarn_original_length', 'yarn_beta_fast', 'yarn_magnitude')
     require(
       self.yarn_factor >= 1,
       'model.rope.yarn_factor',
@@ -75,6 +79,71 @@ class MLAConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CompressedConfig:
+  """DeepSeek-V4's attention: a window of tokens, and compressed entries for what lies behind it.
+
+  Kind `sliding` is the window alone; `csa` adds the entries that an indexer selects, `hca` adds all
+  of its own, coarser ones. Source: arXiv:2606.19348, section 2.2.
+  """
+
+  num_heads: int = 4
+  d_head: int = 32  # of the one key, which is the value too
+  d_rope: int = 8  # the last channels of each head
+  q_rank: int = 24
+  window: int = 128  # tokens, the query's own included
+  num_groups: int = 2  # groups of heads in the output projection
+  group_rank: int = 16
+  csa_ratio: int = 4  # tokens an entry
+  hca_ratio: int = 128
+  num_index_heads: int = 8
+  d_index: int = 16
+  index_top_k: int = 512  # entries that a query of `csa` sees
+  stage: str = 'sparse'  # dense_warmup: csa sees all entries, and the indexer learns on all
+  index_loss_weight: float = 1.0  # 0: the indexer does not learn
+  # of csa and hca; sliding layers use model.rope
+  rope: RopeConfig = RopeConfig(base=160_000.0, yarn_factor=16.0, yarn_original_length=65_536)
+
+  def __post_init__(self):
+    name = 'model.compressed'
+    positive(self, name, 'num_heads', 'd_head', 'd_rope', 'q_rank', 'window', 'num_groups')
+    positive(self, name, 'group_rank', 'csa_ratio', 'hca_ratio', 'num_index_heads', 'd_index')
+    positive(self, name, 'index_top_k')
+    not_negative(self, name, 'index_loss_weight')
+    one_of(self, name, 'stage', INDEXER_STAGES)
+    require(
+      self.d_rope % 2 == 0 and self.d_rope <= min(self.d_head, self.d_index),
+      f'{name}.d_rope',
+      self.d_rope,
+      f'must be even and at most d_head={self.d_head} and d_index={self.d_index}',
+      'Rotary embeddings turn pairs of the last channels: lower it.',
+    )
+    require(
+      self.num_heads % self.num_groups == 0,
+      f'{name}.num_groups',
+      self.num_groups,
+      f'must divide num_heads={self.num_heads}: groups are of equal size',
+      'Choose a divisor.',
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MHCConfig:
+  """Manifold-constrained hyper-connections: several residual streams, mixed at every site.
+
+  Source: arXiv:2606.19348, section 2.1.
+  """
+
+  num_streams: int = 4
+  sinkhorn_iterations: int = 20
+  eps: float = 1e-6
+  init_scale: float = 0.01  # of what the streams themselves contribute to the mixing
+
+  def __post_init__(self):
+    positive(self, 'model.mhc', 'num_streams', 'sinkhorn_iterations', 'eps')
+    not_negative(self, 'model.mhc', 'init_scale')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
   """Routed and shared experts of one layer (DeepSeekMoE). Source: arXiv:2401.06066, 2412.19437."""
 
@@ -88,10 +157,12 @@ class MoEConfig:
   group_score: str = 'top2'
   normalize_weights: bool = True
   weight_scale: float = 1.0
+  num_hash_layers: int = 0  # the first layers with experts choose them by token id, from a table
+  swiglu_limit: float = 0.0  # clamp of every expert's gate and up values; 0: none
 
   def __post_init__(self):
     positive(self, 'model.moe', 'num_experts', 'top_k', 'd_expert', 'num_groups', 'top_groups')
-    not_negative(self, 'model.moe', 'num_shared')
+    not_negative(self, 'model.moe', 'num_shared', 'num_hash_layers', 'swiglu_limit')
     one_of(self, 'model.moe', 'score', SCORES)
     one_of(self, 'model.moe', 'group_score', GROUP_SCORES)
     E, K, G, M = self.num_experts, self.top_k, self.num_groups, self.top_groups
@@ -148,7 +219,7 @@ class LayerKind:
   """What one decoder layer is made of; equal neighbours are scanned."""
 
   attention: str
-  feed_forward: str
+  feed_forward: str  # dense | moe | moe_hash
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,11 +233,14 @@ class ModelConfig:
   d_ff: int = 384  # width of the dense feed-forward
   attention: str = 'mla'  # of every layer
   attention_per_layer: tuple[str, ...] = ()  # or of each, in order
+  residual: str = 'plain'
   norm_eps: float = 1e-6
   init_std: float = 0.006
   remat: str = 'none'
   full: FullAttentionConfig = FullAttentionConfig()
   mla: MLAConfig = MLAConfig()
+  compressed: CompressedConfig = CompressedConfig()
+  mhc: MHCConfig = MHCConfig()
   moe: MoEConfig = MoEConfig()
   rope: RopeConfig = RopeConfig()
   mtp: MTPConfig = MTPConfig()
@@ -189,7 +263,16 @@ class ModelConfig:
       f'must name one kind for each of num_layers={self.num_layers} layers, or be empty',
       'Leave it empty to use model.attention everywhere.',
     )
+    one_of(self, 'model', 'residual', RESIDUAL_KINDS)
     one_of(self, 'model', 'remat', REMAT)
+    require(
+      self.num_dense_layers + self.moe.num_hash_layers <= self.num_layers,
+      'model.moe.num_hash_layers',
+      self.moe.num_hash_layers,
+      f'exceeds the layers with experts: num_layers={self.num_layers} less '
+      f'num_dense_layers={self.num_dense_layers}',
+      'Lower it.',
+    )
     require(
       0 <= self.num_dense_layers <= self.num_layers,
       'model.num_dense_layers',
@@ -201,7 +284,15 @@ class ModelConfig:
   @property
   def layers(self) -> tuple[LayerKind, ...]:
     attention = self.attention_per_layer or (self.attention,) * self.num_layers
+    num_hash = self.num_dense_layers + self.moe.num_hash_layers
     return tuple(
-      LayerKind(kind, 'dense' if i < self.num_dense_layers else 'moe')
+      LayerKind(
+        kind,
+        'dense' if i < self.num_dense_layers else 'moe_hash' if i < num_hash else 'moe',
+      )
       for i, kind in enumerate(attention)
     )
+
+  def attention_config(self, kind: str) -> FullAttentionConfig | MLAConfig | CompressedConfig:
+    """The fields of an attention kind."""
+    return getattr(self, 'compressed' if kind in COMPRESSED_KINDS else kind)

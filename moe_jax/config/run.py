@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config.model import ModelConfig
+from moe_jax.config.model import COMPRESSED_KINDS, ModelConfig
 from moe_jax.config.rules import not_negative, one_of, positive, require
 
 OPTIMIZERS = ('adamw', 'muon')
@@ -260,6 +260,8 @@ class RunConfig:
   """A whole run. `balance` names ideas of moe_jax.routing joined by '+', `routing` their fields."""
 
   seed: int = 0
+  # folder to take parameters and selection biases from, of import_hf or Hugging Face; '': random
+  init_from: str = ''
   steps: int = 100
   microbatches: int = 1  # gradient accumulation: parts that a batch is computed in
   precision: str = 'float32'
@@ -310,11 +312,16 @@ class RunConfig:
       f'Use a multiple of {data * expert * self.microbatches}.',
     )
     kinds = {layer.attention for layer in m.layers}
-    sizes = {f'{kind}.num_heads': getattr(m, kind).num_heads for kind in sorted(kinds)} | {
+    groups = {'compressed' if kind in COMPRESSED_KINDS else kind for kind in kinds}
+    sizes = {f'{group}.num_heads': getattr(m, group).num_heads for group in sorted(groups)} | {
       'd_ff': m.d_ff,
       'vocab_size': m.vocab_size,
       'd_expert': m.moe.d_expert,
     }
+    if 'compressed' in groups:
+      sizes['compressed.num_groups'] = m.compressed.num_groups
+    if 'csa' in kinds:
+      sizes['compressed.num_index_heads'] = m.compressed.num_index_heads
     for name, size in sizes.items():
       require(
         size % model == 0,

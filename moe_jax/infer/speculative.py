@@ -122,8 +122,8 @@ def _functions(model: Decoder, mesh: Any, prompt_length: int, length: int):
       own = {'params': params[name], 'router': router.get(name, {})}
       embedded_BWD = embed(params['embedding_VD'], where.token_BS, model.policy)
       out = cast(mtp.MTPOutput, module.apply(own, h_BWD, embedded_BWD, where, caches[k - 1]))
-      h_BWD = out.hidden_BSD
-      last_B1D = jax.lax.dynamic_slice_in_dim(h_BWD, last - start, 1, axis=1)
+      h_BWD = out.state
+      last_B1D = jax.lax.dynamic_slice_in_dim(out.hidden_BSD, last - start, 1, axis=1)
       text_T = text_T.at[last + 1 + k].set(greedy(params, last_B1D)[0])
       new.append(out.cache)
     return text_T, tuple(new)
@@ -135,7 +135,9 @@ def _functions(model: Decoder, mesh: Any, prompt_length: int, length: int):
     dtype = model.policy.activations
     cache = empty_cache(c, batch=rows, length=places, dtype=dtype)
     kind = c.layers[-1].attention
-    caches = [KINDS[kind].empty_cache(getattr(c, kind), rows, places, dtype) for _ in modules]
+    caches = [
+      KINDS[kind].empty_cache(c.attention_config(kind), rows, places, dtype) for _ in modules
+    ]
     out = cast(Output, model.apply(variables, place(text_T, zero, prompt_length), cache))
     text_T = text_T.at[n].set(greedy(variables['params'], out.hidden_BSD[:, -1:])[0])
     text_T, caches = draft(variables, text_T, caches, zero, out.hidden_BSD, n - 1)

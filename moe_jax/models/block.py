@@ -9,14 +9,17 @@ from moe_jax.config import LayerKind, ModelConfig
 from moe_jax.models.attention import KINDS, Where
 from moe_jax.models.layers import FeedForward, RMSNorm
 from moe_jax.models.moe import MoE
+from moe_jax.models.residual import RESIDUALS
 from moe_jax.precision import Policy
 from moe_jax.routing import Idea
 
-# B batch  S sequence  D model
+# B batch  S sequence  J streams  D model
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+  """Attention, then a feed-forward; each reads its normed input from the residual stream and
+  writes back to it: with a plain residual, x + attention(norm(x)), x + feed_forward(norm(x)).
+  """
 
   kind: LayerKind
   cfg: ModelConfig
@@ -24,18 +27,25 @@ class Block(nn.Module):
   policy: Policy
 
   @nn.compact
-  def __call__(self, x_BSD: jax.Array, where: Where, cache: Any):
+  def __call__(self, x: jax.Array, where: Where, cache: Any):
+    """`x` is the residual stream [B, S, D], or [B, S, J, D] of several."""
     c, std = self.cfg, self.cfg.init_std
+    site = RESIDUALS[c.residual].site
+    h_BSD, write = site(c, name='attention_residual')(x)
     attention = KINDS[self.kind.attention](
-      getattr(c, self.kind.attention), c.rope, std, c.norm_eps, self.policy, name='attention'
-    )
-    y_BSD, cache, aux = attention(RMSNorm(c.norm_eps, name='attention_norm')(x_BSD), where, cache)
-    x_BSD += y_BSD
-    h_BSD = RMSNorm(c.norm_eps, name='feed_forward_norm')(x_BSD)
-    if self.kind.feed_forward == 'moe':
-      moe = MoE(c.moe, self.balance, std, self.policy, name='moe')
+      c.attention_config(self.kind.attention), c.rope, std, c.norm_eps, self.policy,
+      name='attention',
+    )  # fmt: skip
+    y_BSD, cache, aux = attention(RMSNorm(c.norm_eps, name='attention_norm')(h_BSD), where, cache)
+    x = write(y_BSD)
+
+    h_BSD, write = site(c, name='feed_forward_residual')(x)
+    h_BSD = RMSNorm(c.norm_eps, name='feed_forward_norm')(h_BSD)
+    if self.kind.feed_forward == 'dense':
+      y_BSD = FeedForward(c.d_ff, std, self.policy, name='dense')(h_BSD)
+    else:
+      num_hash_ids = c.vocab_size if self.kind.feed_forward == 'moe_hash' else 0
+      moe = MoE(c.moe, self.balance, std, self.policy, num_hash_ids, name='moe')
       y_BSD, seen = moe(h_BSD, where)
       aux |= seen
-    else:
-      y_BSD = FeedForward(c.d_ff, std, self.policy, name='dense')(h_BSD)
-    return x_BSD + y_BSD, cache, aux
+    return write(y_BSD), cache, aux

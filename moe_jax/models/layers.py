@@ -49,6 +49,7 @@ class FeedForward(nn.Module):
   d_ff: int
   std: float
   policy: Policy
+  swiglu_limit: float = 0.0  # see ops.experts.swiglu
 
   @nn.compact
   def __call__(self, x_BSD: jax.Array) -> jax.Array:
@@ -58,5 +59,5 @@ class FeedForward(nn.Module):
     down_FD = weight(self, 'down_FD', (F, D), sh.MATRIX_FD, std=self.std)
     gate_BSF = matmul('bsd,df->bsf', x_BSD, gate_DF, sh.MATRIX_DF, policy=self.policy)
     up_BSF = matmul('bsd,df->bsf', x_BSD, up_DF, sh.MATRIX_DF, policy=self.policy)
-    h_BSF = swiglu(gate_BSF, up_BSF)
+    h_BSF = swiglu(gate_BSF, up_BSF, limit=self.swiglu_limit)
     return matmul('bsf,fd->bsd', h_BSF, down_FD, sh.MATRIX_FD, policy=self.policy, out=sh.STREAM)

@@ -6,6 +6,7 @@ it predicts token i + k + 1. Training adds its loss to the model's, and its grad
 whole decoder; decoding may use it as a draft (moe_jax.infer.speculative) or leave it out.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,28 +14,33 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import sharding as sh
-from moe_jax.config import ModelConfig
+from moe_jax.config import LayerKind, ModelConfig
 from moe_jax.models.attention import Where
 from moe_jax.models.block import Block
 from moe_jax.models.layers import RMSNorm, matmul, weight
+from moe_jax.models.residual import RESIDUALS
 from moe_jax.precision import Policy
 from moe_jax.routing import Idea
 
-# B batch  S sequence  D model  X twice D
+# B batch  S sequence  J streams  D model  X twice D, or D again
 
 
 class MTPOutput(NamedTuple):
-  hidden_BSD: jax.Array  # after the module's own norm, for the output head and the next module
+  state: jax.Array  # what the next module reads
+  hidden_BSD: jax.Array  # after the module's own norm, for the output head
   cache: Any
   aux: dict[str, jax.Array]
 
 
 class MTP(nn.Module):
-  """One module: join [norm(embedding) ; norm(previous)], a layer of the decoder's last kind, norm.
+  """One module: join the next embedding and what came before, a layer, a norm.
 
-  The paper writes the two halves the other way round; this is the order of the checkpoints'
-  `eh_proj`. `previous` comes in after the norm of where it comes from, as transformers has it; the
-  paper does not say. Source: arXiv:2412.19437, section 2.2.
+  V3: the join is one matrix on [norm(embedding) ; norm(previous)], in the order of the checkpoints'
+  `eh_proj`; the paper writes the halves the other way round. `previous` is a hidden state after the
+  norm of where it comes from, as transformers has it. Source: arXiv:2412.19437, section 2.2.
+
+  V4 (several residual streams): `previous` are the streams themselves, each joined with the same
+  embedding by two matrices, and the layer sees only its window. Source: arXiv:2606.19348.
   """
 
   cfg: ModelConfig
@@ -43,22 +49,35 @@ class MTP(nn.Module):
 
   @nn.compact
   def __call__(
-    self, previous_BSD: jax.Array, embedded_BSD: jax.Array, where: Where, cache: Any
+    self, previous: jax.Array, embedded_BSD: jax.Array, where: Where, cache: Any
   ) -> MTPOutput:
     """Args: `embedded_BSD` and `where` of the tokens k places on, see `look_ahead`."""
     c, D = self.cfg, self.cfg.d_model
-    join_XD = weight(self, 'join_XD', (2 * D, D), sh.MATRIX_DX, std=c.init_std)
-    x_BSX = jnp.concatenate(
-      [
-        RMSNorm(c.norm_eps, name='embedding_norm')(embedded_BSD),
-        RMSNorm(c.norm_eps, name='previous_norm')(previous_BSD),
-      ],
-      axis=-1,
-    )
-    x_BSD = matmul('bsx,xd->bsd', x_BSX, join_XD, sh.MATRIX_DX, policy=self.policy)
-    block = Block(c.layers[-1], c, self.balance, self.policy, name='block')
-    x_BSD, cache, aux = block(x_BSD, where, cache)
-    return MTPOutput(RMSNorm(c.norm_eps, name='final_norm')(x_BSD), cache, aux)
+    embedded_BSD = RMSNorm(c.norm_eps, name='embedding_norm')(embedded_BSD)
+    previous = RMSNorm(c.norm_eps, name='previous_norm')(previous)
+    matrix = lambda name, shape: weight(self, name, shape, sh.MATRIX_DX, std=c.init_std)
+    times = functools.partial(matmul, spec=sh.MATRIX_DX, policy=self.policy)
+    if c.residual == 'plain':
+      x_BSX = jnp.concatenate([embedded_BSD, previous], axis=-1)
+      x = times('bsx,xd->bsd', x_BSX, matrix('join_XD', (2 * D, D)))
+    else:
+      x = times('bsjd,dx->bsjx', previous, matrix('previous_DX', (D, D)))
+      x += times('bsd,dx->bsx', embedded_BSD, matrix('embedded_DX', (D, D)))[:, :, None]
+    x, cache, aux = Block(layer(c), c, self.balance, self.policy, name='block')(x, where, cache)
+    x_BSD = RESIDUALS[c.residual].leave(c, name='leave')(x)
+    hidden_BSD = RMSNorm(c.norm_eps, name='final_norm')(x_BSD)
+    return MTPOutput(state_of(c, hidden_BSD, x), hidden_BSD, cache, aux)
+
+
+def layer(cfg: ModelConfig) -> LayerKind:
+  """The kind of a module's layer: the last one's; V4's is always sliding."""
+  last = cfg.layers[-1]
+  return last if cfg.residual == 'plain' else LayerKind('sliding', last.feed_forward)
+
+
+def state_of(cfg: ModelConfig, hidden_BSD: jax.Array, x: jax.Array) -> jax.Array:
+  """What the module behind reads of a stack that left `x` and, from it, `hidden_BSD`."""
+  return hidden_BSD if cfg.residual == 'plain' else x
 
 
 def names(cfg: ModelConfig) -> list[str]:

@@ -78,21 +78,25 @@ def mean_loss(
 ) -> tuple[jax.Array, Metrics]:
   """What one micro-batch adds to the loss of its batch, and what was seen on the way.
 
+  To the language loss comes what layers report under names that end in `_loss`, summed over layers.
+
   Args:
     num_targets: of the whole batch, by `count_targets`.
   """
   total, out = _apply(model, params, router, part)
   lm = total / jnp.maximum(num_targets[0], 1).astype(jnp.float32)
-  balance = jnp.zeros((), jnp.float32)
+  losses = {'balance_loss': jnp.zeros((), jnp.float32)}
+  for name, of_layer_L in out.aux.items():
+    if name.endswith('_loss'):
+      losses[name] = of_layer_L.sum() / cfg.microbatches
+  loss = sum(losses.values(), start=lm)
   seen: Metrics = {}
   if 'load_E' in out.aux:
-    balance = out.aux['balance_loss'].sum() / cfg.microbatches
     seen = {'load_LE': out.aux['load_E'], 'entropy_L': out.aux['entropy'] / cfg.microbatches}
-  loss = lm + balance
   if cfg.model.mtp.num_modules:
-    seen['mtp_loss'] = _mtp_loss(cfg, params, out, part, num_targets[1:])
-    loss += cfg.model.mtp.loss_weight * seen['mtp_loss']
-  return loss, {'loss': loss, 'lm_loss': lm, 'balance_loss': balance, **seen}
+    losses['mtp_loss'] = _mtp_loss(cfg, params, out, part, num_targets[1:])
+    loss += cfg.model.mtp.loss_weight * losses['mtp_loss']
+  return loss, {'loss': loss, 'lm_loss': lm, **losses, **seen}
 
 
 def loss_and_grads(
@@ -100,7 +104,7 @@ def loss_and_grads(
 ) -> tuple[Metrics, Any]:
   """Losses, counts and gradients of a whole batch, computed in `cfg.microbatches` parts.
 
-  Token losses are averaged over the valid targets of the whole batch, balance losses over parts,
+  Token losses are averaged over the valid targets of the whole batch, layers' losses over parts,
   and `load_LE` counts every token of every part and device.
   """
   num_targets = count_targets(cfg, batch)
@@ -142,8 +146,8 @@ def router_metrics(load_LE: jax.Array, entropy_L: jax.Array, bias_LE: jax.Array)
   }
 
 
-def _bias_trees(router: Any) -> list[tuple[str, list[str]]]:
-  """Where biases are, in the order of the layers: [(group, layers of its pattern)], then the
+def _layers(router: Any) -> list[tuple[str, list[str]]]:
+  """The names in `router`, in the order of the layers: [(group, layers of its pattern)], then the
   multi-token prediction modules, whose one layer is called block."""
   by_number = lambda name: int(name.rsplit('_', 1)[1])
   groups = sorted((name for name in router if name.startswith('group_')), key=by_number)
@@ -151,25 +155,39 @@ def _bias_trees(router: Any) -> list[tuple[str, list[str]]]:
   return [(g, sorted(router[g], key=by_number)) for g in groups] + [(m, ['block']) for m in ahead]
 
 
-def stack_bias(router: Any) -> jax.Array:
+def stack_bias(router: Any, num_experts: int) -> jax.Array:
   """The biases of all layers as [L, E]: groups in order, repeats before pattern positions, then
-  multi-token prediction."""
+  multi-token prediction.
+
+  A hash-routed layer has no bias, and zeros here.
+  """
   stacked = []
-  for group, layers in _bias_trees(router):
-    bias = jnp.stack([router[group][name]['moe']['bias_E'] for name in layers], axis=-2)
+  for group, layers in _layers(router):
+    bias = jnp.stack([_bias(router[group][name]['moe'], num_experts) for name in layers], axis=-2)
     stacked.append(bias.reshape(-1, bias.shape[-1]))
   return jnp.concatenate(stacked)
 
 
+def _bias(moe: Any, num_experts: int) -> jax.Array:
+  if 'bias_E' in moe:
+    return moe['bias_E']
+  return jnp.zeros((*moe['expert_VK'].shape[:-2], num_experts), jnp.float32)
+
+
 def unstack_bias(router: Any, bias_LE: jax.Array) -> Any:
-  """Inverse of `stack_bias`: the tree of `router` with the values of `bias_LE`."""
+  """Inverse of `stack_bias`: the tree of `router` with the values of `bias_LE`; tables stay."""
   new, at = {}, 0
-  for group, layers in _bias_trees(router):
-    shape = router[group][layers[0]]['moe']['bias_E'].shape
-    num = math.prod(shape[:-1]) * len(layers)
-    rows = bias_LE[at : at + num].reshape(*shape[:-1], len(layers), shape[-1])
+  for group, layers in _layers(router):
+    lead = _bias(router[group][layers[0]]['moe'], bias_LE.shape[-1]).shape[:-1]
+    num = math.prod(lead) * len(layers)
+    rows = bias_LE[at : at + num].reshape(*lead, len(layers), -1)
     at += num
-    new[group] = {name: {'moe': {'bias_E': rows[..., i, :]}} for i, name in enumerate(layers)}
+    new[group] = {
+      name: {'moe': {'bias_E': rows[..., i, :]}}
+      if 'bias_E' in router[group][name]['moe']
+      else router[group][name]
+      for i, name in enumerate(layers)
+    }
   return new
 
 
@@ -191,11 +209,10 @@ def make_train_step(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[Train
     updates, opt = tx.update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
 
-    losses = ('loss', 'lm_loss', 'balance_loss', 'mtp_loss')
-    metrics = {f'train/{name}': seen[name] for name in losses if name in seen}
+    metrics = {f'train/{name}': seen[name] for name in seen if name.endswith('loss')}
     router = state.router
     if router:
-      bias_LE = stack_bias(router)
+      bias_LE = stack_bias(router, seen['load_LE'].shape[-1])
       for idea in ideas:
         bias_LE = idea.update_bias(bias_LE, seen['load_LE'])
       router = unstack_bias(router, bias_LE)

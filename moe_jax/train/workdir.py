@@ -55,7 +55,12 @@ class Workdir:
 
   @classmethod
   def open(
-    cls, path: Path | str, config: Mapping[str, Any], *, may_change: tuple[str, ...]
+    cls,
+    path: Path | str,
+    config: Mapping[str, Any],
+    *,
+    may_change: tuple[str, ...],
+    defaults: Mapping[str, Any] | None = None,
   ) -> 'Workdir':
     """Makes the folder, locks it against other runs, and writes or compares config.json.
 
@@ -64,6 +69,7 @@ class Workdir:
     Args:
       config: JSON values, nested as in `moe_jax.config_io.to_dict`.
       may_change: dotted names, `*` allowed, of fields that a resumed run may set differently.
+      defaults: what fields had before they existed, for workdirs made by an older version.
 
     Raises:
       WorkdirError: on every process: in use, made with another config, unreadable, or not writable.
@@ -71,7 +77,8 @@ class Workdir:
     self, error = cls(path), None
     if jax.process_index() == 0:
       try:
-        self._take(json.loads(json.dumps(config)), may_change)
+        plain = json.loads(json.dumps([config, defaults or {}]))
+        self._take(plain[0], plain[1], may_change)
       except WorkdirError as e:
         error = e
       except OSError as e:
@@ -117,7 +124,9 @@ class Workdir:
       )
     return config
 
-  def _take(self, config: dict[str, Any], may_change: tuple[str, ...]) -> None:
+  def _take(
+    self, config: dict[str, Any], defaults: dict[str, Any], may_change: tuple[str, ...]
+  ) -> None:
     self.path.mkdir(parents=True, exist_ok=True)
     self._lock = open(self.path / '.lock', 'a+')  # noqa: SIM115
     try:
@@ -134,7 +143,7 @@ class Workdir:
     self._lock.flush()
 
     if self.config.exists():
-      old, new = flatten(self.read_config()), flatten(config)
+      old, new = flatten(defaults) | flatten(self.read_config()), flatten(config)
       changed = {n: (old.get(n, _ABSENT), new.get(n, _ABSENT)) for n in old | new}
       changed = {n: (a, b) for n, (a, b) in changed.items() if a != b}
       refused = [

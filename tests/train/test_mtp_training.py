@@ -163,7 +163,7 @@ def test_stack_bias_puts_modules_behind_the_layers_and_back():
     'group_1': {'layer_0': layer(0, (2, 4)), 'layer_1': layer(50, (2, 4))},
     'mtp_2': {'block': layer(200, (4,))},
   }
-  bias_LE = stack_bias(router)
+  bias_LE = stack_bias(router, 4)
   np.testing.assert_array_equal(bias_LE[:, 0], [0, 50, 4, 54, 100, 200])
   back = unstack_bias(router, bias_LE)
   jax.tree.map(np.testing.assert_array_equal, back, router)

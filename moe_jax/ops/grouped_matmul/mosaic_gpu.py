@@ -57,6 +57,6 @@ def weight_grad(
   """As xla.weight_grad. `dtype` is float32 or bfloat16."""
   (num_rows, d), f, num_experts = x_RD.shape, dy_RF.shape[1], sizes_E.shape[0]
   tile = tile or tiles.choose('wgrad', num_rows, d, f, num_experts)
-  group_E4 = mosaic_weights.plan(num_rows, offsets_E, sizes_E)
+  group_E4 = mosaic_weights.plan(num_rows, offsets_E, sizes_E, tile.k)
   dw_EDF = mosaic_weights.weights_matmul(x_RD, dy_RF, group_E4, tile=tile, dtype=dtype)
   return layout.match_vma(dw_EDF, x_RD)[0]

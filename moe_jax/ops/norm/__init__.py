@@ -12,3 +12,9 @@ def rms_norm(
   y = x.astype(jnp.float32)
   y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
   return (y * weight_D.astype(jnp.float32)).astype(x.dtype)
+
+
+def unit_rms(x: Float[Array, '... D'], *, eps: float) -> Float[Array, '... D']:
+  """`x / sqrt(mean(x^2) + eps)` in float32, out in x's dtype: a norm without weights."""
+  y = x.astype(jnp.float32)
+  return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)).astype(x.dtype)
