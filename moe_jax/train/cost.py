@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from moe_jax import sharding as sh
 from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.models import mtp
 from moe_jax.ops.cross_entropy import CHUNK as LOSS_CHUNK
 from moe_jax.train.state import TrainState, make_model
 from moe_jax.train.step import count_targets, mean_loss
@@ -24,6 +25,10 @@ _COMPONENTS = {
   'embedding_VD': 'embedding',
   'head_DV': 'output head',
   'attention': 'attention',
+  'indexer': 'indexer',
+  'attention_residual': 'hyper-connections',
+  'feed_forward_residual': 'hyper-connections',
+  'leave': 'hyper-connections',
   'dense': 'dense feed-forward',
   'shared': 'shared experts',
   'gate_up_ED2F': 'routed experts',
@@ -64,16 +69,40 @@ def flops_per_token(cfg: ModelConfig, params: Any, sequence_length: int) -> floa
   """Forward and backward, of the model's own operations: nothing recomputed, no padding.
 
   Two a multiply-add, three times the forward pass for both. Attention counts the causal half of its
-  scores; looking up the embedding is no arithmetic. Each module of multi-token prediction is one
-  more layer of the last kind and one more use of the output head.
+  scores, and of sparse kinds only the keys attended to, whatever the implementation computes;
+  looking up the embedding is no arithmetic. Each module of multi-token prediction is one more layer
+  and one more use of the output head.
   """
   counts = parameters(cfg, params)
   weights = sum(c.active for name, c in counts.items() if name not in ('embedding', 'norms'))
   ahead = cfg.mtp.num_modules
   weights += ahead * counts['output head'].active
-  layers = cfg.layers + cfg.layers[-1:] * ahead
-  scores = sum(_score_width(cfg, layer.attention) for layer in layers) * sequence_length / 2
+  layers = [*cfg.layers, *[mtp.layer(cfg)] * ahead]
+  scores = sum(_score_work(cfg, layer.attention, sequence_length) for layer in layers)
   return 3 * 2 * (weights + scores)
+
+
+def _score_work(cfg: ModelConfig, kind: str, length: int) -> float:
+  """Multiply-adds of one query with its keys and their values, mean over a sequence, all heads."""
+  width, every = _score_width(cfg, kind), length / 2
+  c = cfg.compressed
+  match kind:
+    case 'sliding':
+      return width * _mean_keys(length, c.window)
+    case 'hca':
+      return width * (_mean_keys(length, c.window) + every / c.hca_ratio)
+    case 'csa':
+      entries = every / c.csa_ratio
+      if c.stage == 'sparse':
+        entries = _mean_keys(length, c.index_top_k * c.csa_ratio) / c.csa_ratio
+      index = c.num_index_heads * c.d_index * every / c.csa_ratio
+      return index + width * (_mean_keys(length, c.window) + entries)
+  return width * every
+
+
+def _mean_keys(length: int, most: int) -> float:
+  """Keys a query attends to, mean over a sequence, where it attends to `most` of those before."""
+  return length / 2 if length <= most else most - most * most / (2 * length)
 
 
 def _score_width(cfg: ModelConfig, kind: str) -> int:
@@ -83,6 +112,8 @@ def _score_width(cfg: ModelConfig, kind: str) -> int:
       return cfg.mla.num_heads * (cfg.mla.d_nope + cfg.mla.d_rope + cfg.mla.d_value)
     case 'full':
       return cfg.full.num_heads * 2 * cfg.full.d_head
+    case 'sliding' | 'csa' | 'hca':
+      return cfg.compressed.num_heads * 2 * cfg.compressed.d_head
   raise ValueError(f'no cost is known for attention={kind!r}.')
 
 
