@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_jax.interop import families, quantized
+from moe_jax.interop import ahead, families, quantized
 from moe_jax.interop.errors import InteropError
 from moe_jax.interop.fields import Fields
 from moe_jax.interop.safetensors import Tensor, read_folder
@@ -37,8 +37,9 @@ class Checkpoint:
       raise InteropError(f'{f.path}: {e}') from None
     f.finish()
     self._fp8_block = f.fp8_block()
-    self.shapes = leaf_shapes(self.cfg)
     self._tensors = read_folder(self.folder)
+    self.cfg = ahead.as_present(self.cfg, family, self._tensors)
+    self.shapes = leaf_shapes(self.cfg)
     notes = {name: family.left_out(self.cfg, name) for name in self._tensors}
     self.left_out = Counter(note for note in notes.values() if note)
     for note, count in self.left_out.items():

@@ -27,6 +27,14 @@ class Family(Protocol):
 
   def scopes(self, cfg: ModelConfig, style: str, /) -> Sequence[Scope]: ...
 
+  def copies(self, cfg: ModelConfig, style: str, /) -> Sequence[Scope]:
+    """Tensors that repeat others: written on export, not asked for on import."""
+    ...
+
+  def is_ahead(self, cfg: ModelConfig, name: str, /) -> bool:
+    """Whether a tensor is multi-token prediction's."""
+    ...
+
   def left_out(self, cfg: ModelConfig, name: str, /) -> str:
     """What a tensor is that import leaves out, in a word or two, or ''."""
     ...

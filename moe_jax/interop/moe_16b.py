@@ -3,6 +3,7 @@
 from typing import Any
 
 from moe_jax.config import FullAttentionConfig, ModelConfig, MoEConfig
+from moe_jax.interop import ahead
 from moe_jax.interop.fields import Fields, read_rope, write_rope
 from moe_jax.interop.table import Rule, Scope, layers
 
@@ -60,14 +61,33 @@ def decoder_scopes(
   cfg: ModelConfig, style: str, *, attention: tuple[Rule, ...], bias: tuple[Rule, ...]
 ) -> list[Scope]:
   """What V1 to V3 share: all but the attention and the selection bias."""
-  shared = SHARED if cfg.moe.num_shared else ()
-  moe = (*ROUTER, *bias, *EXPERTS[style], *shared)
   found = [Scope('', (), '', TOP[:1])]
   for number, ours, repeat in layers(cfg):
-    feed_forward = moe if cfg.layers[number].feed_forward == 'moe' else DENSE
-    rules = (*NORMS, *attention, *feed_forward)
+    rules = layer_rules(cfg, cfg.layers[number].feed_forward, style, attention=attention, bias=bias)
     found.append(Scope(ours, (repeat,), f'model.layers.{number}.', rules))
   return [*found, Scope('', (), '', TOP[1:])]
+
+
+def layer_rules(
+  cfg: ModelConfig,
+  feed_forward: str,
+  style: str,
+  *,
+  attention: tuple[Rule, ...],
+  bias: tuple[Rule, ...],
+) -> tuple[Rule, ...]:
+  if feed_forward == 'dense':
+    return (*NORMS, *attention, *DENSE)
+  shared = SHARED if cfg.moe.num_shared else ()
+  return (*NORMS, *attention, *ROUTER, *bias, *EXPERTS[style], *shared)
+
+
+def copies(cfg: ModelConfig, style: str) -> list[Scope]:
+  return []
+
+
+def is_ahead(cfg: ModelConfig, name: str) -> bool:
+  return False
 
 
 def left_out(cfg: ModelConfig, name: str) -> str:
@@ -171,4 +191,4 @@ def objection(cfg: ModelConfig) -> str:
     return 'moe.top_groups should be moe.num_groups, and moe.weight_scale 1'
   if cfg.rope.yarn_factor > 1:
     return 'rope.yarn_factor should be 1'
-  return ''
+  return ahead.objection(cfg)

@@ -41,7 +41,8 @@ class Export:
     if style not in family.STYLES:
       raise InteropError(f'{family.MODEL_TYPE} has no packed layout. Export without --packed.')
     self._source = source
-    found = links(family.scopes(source.cfg, style), source.shapes)
+    scopes = [*family.scopes(source.cfg, style), *family.copies(source.cfg, style)]
+    found = links(scopes, source.shapes)
     self._refuse_what_is_lost(found, family.MODEL_TYPE)
     self._tensors: dict[str, dict[tuple[int, ...], list[Link]]] = {}
     for link in found:

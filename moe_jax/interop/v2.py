@@ -3,10 +3,13 @@
 from typing import Any
 
 from moe_jax.config import MLAConfig, ModelConfig, MoEConfig
+from moe_jax.interop import ahead
 from moe_jax.interop.fields import Fields, read_rope, write_rope
 from moe_jax.interop.moe_16b import (
   NO_BIAS,
+  copies,
   decoder_scopes,
+  is_ahead,
   left_out,
   read_decoder,
   read_experts,
@@ -20,7 +23,8 @@ MODEL_TYPE = 'deepseek_v2'
 STYLES = ('published', 'packed')
 
 __all__ = [
-  'MODEL_TYPE', 'STYLES', 'left_out', 'objection', 'read_config', 'scopes', 'write_config',
+  'MODEL_TYPE', 'STYLES', 'copies', 'is_ahead', 'left_out', 'objection', 'read_config', 'scopes',
+  'write_config',
 ]  # fmt: skip
 
 
@@ -118,4 +122,4 @@ def objection(cfg: ModelConfig) -> str:
     return 'moe.score should be softmax, and moe.normalize_weights False'
   if cfg.moe.group_score != 'max' and cfg.moe.num_groups > cfg.moe.top_groups:
     return f'moe.group_score should be max, not {cfg.moe.group_score}'
-  return ''
+  return ahead.objection(cfg)

@@ -4,26 +4,67 @@ import re
 from typing import Any
 
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.interop import moe_16b
+from moe_jax.interop import ahead, moe_16b
 from moe_jax.interop.fields import Fields, read_rope, write_rope
-from moe_jax.interop.moe_16b import decoder_scopes, read_decoder, read_experts, write_decoder
+from moe_jax.interop.moe_16b import (
+  decoder_scopes,
+  layer_rules,
+  read_decoder,
+  read_experts,
+  write_decoder,
+)
 from moe_jax.interop.table import Rule, Scope
 from moe_jax.interop.v2 import mla_rules, read_mla, write_mla
+from moe_jax.models import mtp
 
 MODEL_TYPE = 'deepseek_v3'
 STYLES = ('published', 'packed')
 
 BIAS = (Rule('moe.bias_E', 'mlp.gate.e_score_correction_bias', 'e -> e', collection='router'),)
+# of a module of multi-token prediction, which stands behind the layers as one more; x twice d
+MODULE = (
+  Rule('embedding_norm.weight_D', 'enorm.weight', 'd -> d'),
+  Rule('previous_norm.weight_D', 'hnorm.weight', 'd -> d'),
+  Rule('join_XD', 'eh_proj.weight', 'd x -> x d'),
+  Rule('final_norm.weight_D', 'shared_head.norm.weight', 'd -> d'),
+)
+COPIES = (
+  Rule('embedding_VD', 'embed_tokens.weight', 'v d -> v d'),
+  Rule('head_DV', 'shared_head.head.weight', 'v d -> d v'),
+)
 
 
 def scopes(cfg: ModelConfig, style: str) -> list[Scope]:
-  return decoder_scopes(cfg, style, attention=mla_rules(cfg), bias=BIAS)
+  attention = mla_rules(cfg)
+  found = decoder_scopes(cfg, style, attention=attention, bias=BIAS)
+  kind = mtp.layer(cfg).feed_forward
+  rules = layer_rules(cfg, kind, style, attention=attention, bias=BIAS)
+  for name, theirs in _modules(cfg):
+    found += [Scope(f'{name}.', (), theirs, MODULE), Scope(f'{name}.block.', (), theirs, rules)]
+  return found
+
+
+def copies(cfg: ModelConfig, style: str) -> list[Scope]:
+  return [Scope('', (), theirs, COPIES) for _, theirs in _modules(cfg)]
+
+
+def _modules(cfg: ModelConfig) -> list[tuple[str, str]]:
+  """Our name of each module and what its tensors' names begin with."""
+  names = enumerate(mtp.names(cfg), start=cfg.num_layers)
+  return [(name, f'model.layers.{number}.') for number, name in names]
+
+
+def is_ahead(cfg: ModelConfig, name: str) -> bool:
+  layer = re.match(r'model\.layers\.(\d+)\.', name)
+  return bool(layer) and int(layer[1]) >= cfg.num_layers
 
 
 def left_out(cfg: ModelConfig, name: str) -> str:
-  layer = re.match(r'model\.layers\.(\d+)\.', name)
-  if layer and int(layer[1]) >= cfg.num_layers:
-    return 'multi-token prediction'
+  if is_ahead(cfg, name):
+    if not name.startswith(tuple(theirs for _, theirs in _modules(cfg))):
+      return 'multi-token prediction'
+    if name.endswith(tuple(f'.{rule.tensor}' for rule in COPIES)):
+      return ahead.COPIES
   return moe_16b.left_out(cfg, name)
 
 
@@ -31,7 +72,6 @@ def read_config(f: Fields) -> ModelConfig:
   f.must('scoring_func', 'sigmoid')
   f.must('topk_method', 'noaux_tc')
   f.must('rope_interleave', True)
-  f.ignore('num_nextn_predict_layers')
   moe = MoEConfig(
     score='sigmoid',
     group_score='top2',
@@ -41,7 +81,8 @@ def read_config(f: Fields) -> ModelConfig:
     weight_scale=f.get('routed_scaling_factor', float, 1.0),
     **read_experts(f),
   )
-  return read_decoder(f, attention='mla', mla=read_mla(f), moe=moe, rope=read_rope(f))
+  parts = dict(mla=read_mla(f), moe=moe, rope=read_rope(f), mtp=ahead.read_modules(f))
+  return read_decoder(f, attention='mla', **parts)
 
 
 def write_config(cfg: ModelConfig) -> dict[str, Any]:
@@ -56,7 +97,7 @@ def write_config(cfg: ModelConfig) -> dict[str, Any]:
     'topk_group': m.top_groups,
     'norm_topk_prob': m.normalize_weights,
     'routed_scaling_factor': m.weight_scale,
-    'num_nextn_predict_layers': 0,
+    'num_nextn_predict_layers': cfg.mtp.num_modules,
     **write_rope(cfg.rope),
   }
 

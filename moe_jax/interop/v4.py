@@ -7,10 +7,19 @@ transformers' save_pretrained writes them, `packed` as transformers holds them i
 from collections.abc import Sequence
 from typing import Any
 
-from moe_jax.config import CompressedConfig, MHCConfig, ModelConfig, MoEConfig, RopeConfig
+from moe_jax.config import (
+  CompressedConfig,
+  LayerKind,
+  MHCConfig,
+  ModelConfig,
+  MoEConfig,
+  RopeConfig,
+)
+from moe_jax.interop import ahead
 from moe_jax.interop.fields import Fields
 from moe_jax.interop.moe_16b import read_experts
 from moe_jax.interop.table import Rule, Scope, layers
+from moe_jax.models import mtp
 
 # d model  h heads  c head width  q query latent  g groups of heads  r group rank  x a width
 # j streams  f expert width  v vocabulary  e experts  k experts a token  m window  t one or three
@@ -34,6 +43,18 @@ _TOP: tuple[Row, ...] = (
   ('leave.scale_1', 'hc_head_scale', 'model.hc_head.hc_scale', 't -> t'),
   ('final_norm.weight_D', 'norm.weight', 'model.norm.weight', 'd -> d'),
   ('head_DV', 'head.weight', 'lm_head.weight', 'v d -> d v'),
+)
+# of a module of multi-token prediction, which transformers does not have: one name for all styles
+_MODULE: tuple[Row, ...] = (
+  *((ours, f'{there}', f'{there}', axes) for ours, there, _, axes in _TOP[:-1]),
+  ('embedding_norm.weight_D', 'enorm.weight', 'enorm.weight', 'd -> d'),
+  ('previous_norm.weight_D', 'hnorm.weight', 'hnorm.weight', 'd -> d'),
+  ('embedded_DX', 'e_proj.weight', 'e_proj.weight', 'x d -> d x'),
+  ('previous_DX', 'h_proj.weight', 'h_proj.weight', 'x d -> d x'),
+)
+_COPIES = (
+  Rule('embedding_VD', 'embed.weight', 'v d -> v d'),
+  Rule('head_DV', 'head.weight', 'v d -> d v'),
 )
 _LAYER: tuple[Row, ...] = (
   ('attention_norm.weight_D', 'attn_norm.weight', 'input_layernorm.weight', 'd -> d'),
@@ -112,13 +133,27 @@ def scopes(cfg: ModelConfig, style: str) -> list[Scope]:
   found = [Scope('', (), '', _rules([_EMBEDDING], top))]
   for number, ours, repeat in layers(cfg):
     theirs = f'layers.{number}.' if style == 'published' else f'model.layers.{number}.'
-    rules = layer_rules(cfg, number, style)
+    rules = layer_rules(cfg, cfg.layers[number], style)
     found.append(Scope(ours, (repeat,), theirs, rules))
-  return [*found, Scope('', (), '', _rules(_TOP[:-1], top)), Scope('', (), '', head)]
+  found += [Scope('', (), '', _rules(_TOP[:-1], top)), Scope('', (), '', head)]
+  for name, theirs in _modules(cfg, style):
+    rules = layer_rules(cfg, mtp.layer(cfg), style)
+    found.append(Scope(f'{name}.', (), theirs, _rules(_MODULE, 'published')))
+    found.append(Scope(f'{name}.block.', (), theirs, rules))
+  return found
 
 
-def layer_rules(cfg: ModelConfig, number: int, style: str) -> tuple[Rule, ...]:
-  kind = cfg.layers[number]
+def copies(cfg: ModelConfig, style: str) -> list[Scope]:
+  return [Scope('', (), theirs, _COPIES) for _, theirs in _modules(cfg, style)]
+
+
+def _modules(cfg: ModelConfig, style: str) -> list[tuple[str, str]]:
+  """Our name of each module and what its tensors' names begin with."""
+  first = '' if style == 'published' else 'model.'
+  return [(name, f'{first}mtp.{k}.') for k, name in enumerate(mtp.names(cfg))]
+
+
+def layer_rules(cfg: ModelConfig, kind: LayerKind, style: str) -> tuple[Rule, ...]:
   rows = [*_LAYER, *(_SHARED if cfg.moe.num_shared else ())]
   if kind.attention != 'sliding':
     rows += _compressor('attention.compressor', 'attn.compressor', 'self_attn.compressor')
@@ -138,8 +173,17 @@ def layer_rules(cfg: ModelConfig, number: int, style: str) -> tuple[Rule, ...]:
   return (*_rules(rows, style), router, *experts)
 
 
+def is_ahead(cfg: ModelConfig, name: str) -> bool:
+  return name.startswith(('mtp.', 'model.mtp.'))
+
+
 def left_out(cfg: ModelConfig, name: str) -> str:
-  return 'multi-token prediction' if name.startswith(('mtp.', 'model.mtp.')) else ''
+  if not is_ahead(cfg, name):
+    return ''
+  if int(name.removeprefix('model.').split('.')[1]) >= cfg.mtp.num_modules:
+    return 'multi-token prediction'
+  copied = name.removeprefix('model.').split('.', 2)[2] in {rule.tensor for rule in _COPIES}
+  return ahead.COPIES if copied else ''
 
 
 def read_config(f: Fields) -> ModelConfig:
@@ -172,7 +216,6 @@ def read_config(f: Fields) -> ModelConfig:
     ('topk_method', 'noaux_tc'),
   ):  # fmt: skip
     f.must(name, only)
-  f.ignore('num_nextn_predict_layers')
   moe = MoEConfig(
     score='sqrt_softplus',
     normalize_weights=f.get('norm_topk_prob', bool, True),
@@ -200,6 +243,7 @@ def read_config(f: Fields) -> ModelConfig:
     ),
     moe=moe,
     rope=main,
+    mtp=ahead.read_modules(f),
   )
 
 
@@ -311,7 +355,7 @@ def write_config(cfg: ModelConfig) -> dict[str, Any]:
     'compress_rope_theta': c.rope.base,
     'rope_scaling': scaling if c.rope.yarn_factor > 1 else None,
     'max_position_embeddings': round(c.rope.yarn_factor * c.rope.yarn_original_length),
-    'num_nextn_predict_layers': 0,
+    'num_nextn_predict_layers': cfg.mtp.num_modules,
     'hidden_act': 'silu',
     'attention_bias': False,
     'tie_word_embeddings': False,

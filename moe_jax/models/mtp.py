@@ -70,9 +70,8 @@ class MTP(nn.Module):
 
 
 def layer(cfg: ModelConfig) -> LayerKind:
-  """The kind of a module's layer: the last one's; V4's is always sliding."""
-  last = cfg.layers[-1]
-  return last if cfg.residual == 'plain' else LayerKind('sliding', last.feed_forward)
+  """The kind of a module's layer: the last one's; in V4 always sliding, routed by scores."""
+  return cfg.layers[-1] if cfg.residual == 'plain' else LayerKind('sliding', 'moe')
 
 
 def state_of(cfg: ModelConfig, hidden_BSD: jax.Array, x: jax.Array) -> jax.Array:

@@ -7,9 +7,13 @@ columns. What a published checkpoint stores as one matrix is one matrix here, he
   gate_DF  down_FD  router_DE  kv_down_DX  q_down_DQ   as named: the first dimension by the second
   q_DHC k_DHC v_DHC                                    [D, H*C]; all heads are one matrix
   q_up_QHX                                             [Q, H*X]
+  q_up_QHC, q_QHC                                      likewise, of V4 and of indexers
   key_up_RHN, value_up_RHV                             [R, H*N] and [R, H*V]: W^UK and W^UV of the
                                                        paper, though files store both in kv_b_proj
   out_HCD, out_HVD                                     [H*C, D]
+  out_down_GXR                                         G of [X, R]: groups of heads share nothing
+  out_up_GRD                                           [G*R, D]
+  fn_JDX                                               [J*D, X], of V4's hyper-connections
   gate_up_ED2F                                         2 E of [D, F]: each expert's gate, and its up
   down_EFD                                             E of [F, D]
 
@@ -36,6 +40,10 @@ class Layout(NamedTuple):
 _LAYOUTS = {
   'DHC': ('', 'D', 'HC'),
   'QHX': ('', 'Q', 'HX'),
+  'QHC': ('', 'Q', 'HC'),
+  'GXR': ('G', 'X', 'R'),
+  'GRD': ('', 'GR', 'D'),
+  'JDX': ('', 'JD', 'X'),
   'RHN': ('', 'R', 'HN'),
   'RHV': ('', 'R', 'HV'),
   'HCD': ('', 'HC', 'D'),
@@ -44,14 +52,14 @@ _LAYOUTS = {
   'EFD': ('E', 'F', 'D'),
 }
 
-# matrices by shape that are tables of rows, one a token id
-_TABLES = ('embedding_VD', 'head_DV')
+# matrices by shape alone: tables of a row for each token id, and the compressors' additive bias
+_NO_MATRICES = ('embedding_VD', 'head_DV', 'bias_MX')
 
 
 def layout(name: str, ndim: int) -> Layout | None:
   """How the parameter `name` splits into matrices; None where it does not hold any.
 
-  None: the embedding and the output head, and what is one-dimensional within a layer (norms,
+  None: the embedding, the output head, the compressors' position bias, and what is one-dimensional within a layer (norms,
   biases, sinks).
 
   Raises:
@@ -59,7 +67,7 @@ def layout(name: str, ndim: int) -> Layout | None:
   """
   letters = name.rsplit('_', 1)[-1]
   assert ndim >= len(letters), f'{name} has {ndim} dimensions'
-  if name in _TABLES or len(letters) == 1:
+  if name in _NO_MATRICES or len(letters) == 1:
     return None
   if len(letters) == 2:
     batch, rows, columns = '', letters[0], letters[1]
