@@ -7,10 +7,10 @@ columns. What a published checkpoint stores as one matrix is one matrix here, he
   gate_DF  down_FD  router_DE  kv_down_DX  q_down_DQ   as named: the first dimension by the second
   q_DHC k_DHC v_DHC                                    [D, H*C]; all heads are one matrix
   q_up_QHX                                             [Q, H*X]
-  q_up_QHC, q_QHC                                      likewise, of V4 and of indexers
+  q_up_QHC, q_QHC, query_QJI                           likewise, of V4 and of indexers
   key_up_RHN, value_up_RHV                             [R, H*N] and [R, H*V]: W^UK and W^UV of the
                                                        paper, though files store both in kv_b_proj
-  out_HCD, out_HVD                                     [H*C, D]
+  out_HCD, out_HVD, out_GMVD                           [H*C, D], heads of all groups joined
   out_down_GXR                                         G of [X, R]: groups of heads share nothing
   out_up_GRD                                           [G*R, D]
   fn_JDX                                               [J*D, X], of V4's hyper-connections
@@ -41,6 +41,8 @@ _LAYOUTS = {
   'DHC': ('', 'D', 'HC'),
   'QHX': ('', 'Q', 'HX'),
   'QHC': ('', 'Q', 'HC'),
+  'QJI': ('', 'Q', 'JI'),
+  'GMVD': ('', 'GMV', 'D'),
   'GXR': ('G', 'X', 'R'),
   'GRD': ('', 'GR', 'D'),
   'JDX': ('', 'JD', 'X'),
@@ -59,8 +61,8 @@ _NO_MATRICES = ('embedding_VD', 'head_DV', 'bias_MX')
 def layout(name: str, ndim: int) -> Layout | None:
   """How the parameter `name` splits into matrices; None where it does not hold any.
 
-  None: the embedding, the output head, the compressors' position bias, and what is one-dimensional within a layer (norms,
-  biases, sinks).
+  None: the embedding, the output head, the compressors' position bias, and what is one-dimensional
+  within a layer (norms, biases, sinks).
 
   Raises:
     ValueError: a name of three dimensions or more that the table above does not list.

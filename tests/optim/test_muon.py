@@ -1,5 +1,6 @@
 """Muon orthogonalises every logically independent matrix, on any mesh, and AdamW has the rest."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,12 +11,13 @@ import pytest
 
 from moe_jax import config_io
 from moe_jax import sharding as sh
-from moe_jax.config import MuonConfig, OptimConfig
+from moe_jax.config import DataConfig, MTPConfig, MuonConfig, OptimConfig, RunConfig
 from moe_jax.optim import muon
 from moe_jax.optim.matrices import layout
 from moe_jax.optim.muon import orthogonal_momentum
 from moe_jax.optim.newton_schulz import ROUNDS, orthogonalize
 from moe_jax.train.state import create
+from tests.models import tiny_v4
 
 # L layers  D model  F width  E experts  H heads  X head width  Q latent width
 
@@ -183,3 +185,17 @@ def test_config_refuses_impossible_values(field, value):
 def test_config_refuses_an_unknown_optimizer():
   with pytest.raises(ValueError, match=r"optim\.name='sgd'"):
     OptimConfig(name='sgd')
+
+
+def test_every_parameter_of_v4_has_a_rule_and_is_decided_as_the_report_says():
+  model = dataclasses.replace(tiny_v4.CONFIG, mtp=MTPConfig(num_modules=1))
+  cfg = RunConfig(model=model, optim=OPTIM, data=DataConfig(batch_size=8))
+  with jax.set_mesh(sh.make_mesh((2, 2, 2))):
+    state = jax.eval_shape(functools.partial(create, cfg), jax.random.key(0))
+  rest = {
+    path[-1].key
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+    if layout(path[-1].key, leaf.ndim) is None
+  }
+  one_dimensional = {'weight_D', 'sink_H', 'base_X', 'base_J', 'scale_1', 'scale_3'}
+  assert rest == {'embedding_VD', 'head_DV', 'bias_MX'} | one_dimensional
