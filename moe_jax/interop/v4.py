@@ -7,7 +7,14 @@ transformers' save_pretrained writes them, `packed` as transformers holds them i
 from collections.abc import Sequence
 from typing import Any
 
-from moe_jax.config import CompressedConfig, MHCConfig, ModelConfig, MoEConfig, RopeConfig
+from moe_jax.config import (
+  CompressedConfig,
+  LayerKind,
+  MHCConfig,
+  ModelConfig,
+  MoEConfig,
+  RopeConfig,
+)
 from moe_jax.interop.fields import Fields
 from moe_jax.interop.moe_16b import read_experts
 from moe_jax.interop.table import Rule, Scope, layers
@@ -105,6 +112,17 @@ def _rules(rows: Sequence[Row], style: str) -> tuple[Rule, ...]:
   return tuple(Rule(ours, name(there, packed), axes) for ours, there, packed, axes in rows)
 
 
+# beside its layer, in a published checkpoint's mtp.0; embedding and output head are the model's
+MTP = (
+  Rule('embedding_norm.weight_D', 'enorm.weight', 'd -> d'),
+  Rule('stream_norm.weight_D', 'hnorm.weight', 'd -> d'),
+  Rule('embedding_DD', 'e_proj.weight', 'e d -> d e'),
+  Rule('stream_DD', 'h_proj.weight', 'e d -> d e'),
+  *_rules(_TOP[:3], 'published'),
+  Rule('final_norm.weight_D', 'norm.weight', 'd -> d'),
+)
+
+
 def scopes(cfg: ModelConfig, style: str) -> list[Scope]:
   # save_pretrained renames what is in layers, and the head
   top = 'packed' if style == 'saved' else style
@@ -112,13 +130,13 @@ def scopes(cfg: ModelConfig, style: str) -> list[Scope]:
   found = [Scope('', (), '', _rules([_EMBEDDING], top))]
   for number, ours, repeat in layers(cfg):
     theirs = f'layers.{number}.' if style == 'published' else f'model.layers.{number}.'
-    rules = layer_rules(cfg, number, style)
+    rules = layer_rules(cfg, cfg.layers[number], style)
     found.append(Scope(ours, (repeat,), theirs, rules))
   return [*found, Scope('', (), '', _rules(_TOP[:-1], top)), Scope('', (), '', head)]
 
 
-def layer_rules(cfg: ModelConfig, number: int, style: str) -> tuple[Rule, ...]:
-  kind = cfg.layers[number]
+def layer_rules(cfg: ModelConfig, kind: LayerKind, style: str) -> tuple[Rule, ...]:
+  """Of one layer; also of the prediction module's."""
   rows = [*_LAYER, *(_SHARED if cfg.moe.num_shared else ())]
   if kind.attention != 'sliding':
     rows += _compressor('attention.compressor', 'attn.compressor', 'self_attn.compressor')
