@@ -62,7 +62,7 @@ def flat(tree: Any) -> dict[str, Any]:
 
 
 @functools.lru_cache
-def leaf_shapes(cfg: ModelConfig) -> Shapes:
+def leaf_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
   """The shape of every leaf of a model, by path."""
   with jax.set_mesh(one_device()):
     return {name: leaf.shape for name, leaf in flat(target(cfg)).items()}
