@@ -48,7 +48,7 @@ class Fields:
 
   def fail(self, name: str, rule: str) -> InteropError:
     value = self.values.get(name, _MISSING)
-    shown = name if value is _MISSING else f'{name}={json.dumps(value)}'
+    shown = name if value in (None, _MISSING) else f'{name}={json.dumps(value)}'
     return InteropError(f'{self.path}: {shown} {rule}')
 
   def get(self, name: str, kind: type, default: Any = _MISSING) -> Any:
