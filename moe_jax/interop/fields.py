@@ -126,8 +126,10 @@ def read_rope(f: Fields) -> RopeConfig:
   if not length:
     raise f.fail(name, 'should have original_max_position_embeddings.')
   factor = rope.get('factor') or longest / length
-  if factor <= 1:
-    raise f.fail(name, 'should have a factor above 1.')
+  if factor < 1:
+    raise f.fail(name, 'should have a factor of at least 1.')
+  if factor == 1:
+    return RopeConfig(base=theta)
   plain = RopeConfig(
     base=theta,
     yarn_factor=float(factor),

@@ -10,8 +10,13 @@ from moe_jax.optim.schedules import schedule
 
 
 def decays(params: Any) -> Any:
-  """True for what weight decay applies to: all but the norms' scales, which are called weight_D."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != 'weight_D', params)
+  """True for what weight decay applies to: matrices, not vectors such as a norm's weight_D.
+
+  A name's suffix has a letter for each dim; layers that are scanned have one more.
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: len(path[-1].key.rpartition('_')[2]) > 1, params
+  )
 
 
 def adamw(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:

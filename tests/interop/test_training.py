@@ -91,11 +91,12 @@ def test_newest_whole_checkpoint_of_a_workdir_is_exported(tmp_path):
     Workdir.open(tmp_path / 'run', config_io.to_dict(run), may_change=()) as workdir,
     Checkpointer(workdir.checkpoints, keep=3) as checkpoints,
   ):
-    state = create(run, jax.random.key(0))
+    state = jax.jit(functools.partial(create, run))(jax.random.key(0))
     checkpoints.save(1, state)
     state = state._replace(params=variables['params'], router=variables['router'])
     checkpoints.save(2, state)
-    checkpoints.save(3, state._replace(params=jax.tree.map(lambda a: a + 1, state.params)))
+    later = jax.jit(lambda p: jax.tree.map(lambda a: a + 1, p))(state.params)
+    checkpoints.save(3, state._replace(params=later))
     checkpoints.wait()
   damaged = next(p for p in (workdir.checkpoints / 'step_00000003').rglob('d/*') if p.is_file())
   damaged.write_bytes(b'x' + damaged.read_bytes()[1:])

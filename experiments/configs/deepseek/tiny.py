@@ -28,7 +28,7 @@ def shrink(c: ml_collections.ConfigDict) -> None:
   c.data.sequence_length = 32
   c.microbatches = 1
   c.optim.schedule = 'constant'
-  c.optim.lr_peak = 1e-2
+  c.optim.lr_peak = 5e-3
   c.optim.warmup_steps = 10
   c.eval.interval_steps = 30
   c.eval.batches = 2

@@ -11,7 +11,7 @@ from moe_jax.ops.rope import frequencies
 
 # B batch  S new tokens  T cached tokens  D model
 
-Cache = dict[str, jax.Array]
+Cache = dict[str, Any]  # arrays by name, nested where a kind has parts
 Aux = dict[str, jax.Array]  # scalars of one layer: losses, named *_loss, and measurements
 
 

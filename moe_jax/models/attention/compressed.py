@@ -120,15 +120,9 @@ class HCA(Sliding):
   compressed: ClassVar[bool] = True
 
   def _branch(self, x_BSD, latent_BSQ, where, cache, freq) -> Branch:
-    del latent_BSQ
+    c = self.cfg
     compressor = Compressor(
-      self.cfg.d_head,
-      self.cfg.hca_ratio,
-      False,
-      self.std,
-      self.eps,
-      self.policy,
-      name='compressor',
+      c.d_head, c.hca_ratio, False, self.std, self.eps, self.policy, name='compressor'
     )
     entries, new = compressor(x_BSD, where, cache and cache['compressor'], freq=freq)
     visible_BSN = entries_visible(
