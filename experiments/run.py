@@ -29,6 +29,7 @@ from moe_jax.config import RunConfig
 from moe_jax.data.pipeline import RowSource
 from moe_jax.infer.decode import generate
 from moe_jax.interop.api import open_for
+from moe_jax.interop.variables import materialize
 from moe_jax.train import cost, loop
 from moe_jax.train.checkpoint import CheckpointError
 from moe_jax.train.metrics import read_metrics
@@ -50,8 +51,9 @@ def run(cfg: RunConfig, path: str, *, overrides: Sequence[str] = (), command: st
     WorkdirError, CheckpointError, OSError: the workdir cannot be used.
   """
   routing.choose(cfg.balance, cfg.routing)
+  initial = None
   if cfg.init_from:
-    open_for(cfg.model, cfg.init_from)
+    initial = functools.partial(materialize, open_for(cfg.model, cfg.init_from))
   mesh = sh.make_mesh(cfg.check_mesh(jax.device_count()))
   sources = functools.cache(functools.partial(_source, cfg))
   vocabulary = sources('train').tokenizer.vocab_size
@@ -71,7 +73,7 @@ def run(cfg: RunConfig, path: str, *, overrides: Sequence[str] = (), command: st
     print_card(card, console=console)
     with Progress(cfg.steps, 0, console=console) as progress:
       try:
-        finished = loop.train(cfg, workdir, progress, sources=sources)
+        finished = loop.train(cfg, workdir, progress, sources=sources, initial=initial)
       except loop.GaveUp as e:
         if first:
           write_report(workdir.path)

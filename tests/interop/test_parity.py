@@ -107,6 +107,7 @@ OTHERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', OTHERS)
 def test_logits_and_streams_of_other_sizes_equal_the_oracle(name, tmp_path):
   config, length = OTHERS[name]

@@ -13,7 +13,7 @@ from moe_jax.config import RunConfig
 from moe_jax.interop.api import open_for
 from moe_jax.interop.export_hf import export_hf
 from moe_jax.interop.import_hf import import_hf
-from moe_jax.interop.variables import one_device
+from moe_jax.interop.variables import materialize, one_device
 from moe_jax.train import loop
 from moe_jax.train.checkpoint import Checkpointer
 from moe_jax.train.state import create
@@ -30,10 +30,10 @@ class Quiet:
     self.notes.append(text)
 
 
-def started(monkeypatch, cfg, screen):
+def started(monkeypatch, cfg, screen, initial):
   """The state that a run starts from, without its data."""
   run = object.__new__(loop._Run)
-  run.cfg, run.screen = cfg, screen
+  run.cfg, run.screen, run.initial = cfg, screen, initial
   monkeypatch.setattr(run, 'report_evaluation', lambda *_: None, raising=False)
 
   class Nowhere:
@@ -43,6 +43,7 @@ def started(monkeypatch, cfg, screen):
   return run.start()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['imported folder', 'published folder'])
 def test_a_run_starts_from_an(kind, tmp_path, monkeypatch):
   folder = make(tmp_path / 'a', V3)
@@ -55,7 +56,8 @@ def test_a_run_starts_from_an(kind, tmp_path, monkeypatch):
   screen = Quiet()
   with jax.set_mesh(one_device()):
     run = RunConfig(model=cfg, init_from=str(source))
-    state = started(monkeypatch, run, screen)
+    initial = functools.partial(materialize, open_for(cfg, source))
+    state = started(monkeypatch, run, screen, initial)
     fresh = jax.eval_shape(functools.partial(create, run), jax.random.key(0))
   assert jax.tree.structure(state) == jax.tree.structure(fresh)
   found = {'params': state.params, 'router': state.router}
@@ -82,6 +84,7 @@ def test_fields_that_only_training_reads_may_differ(tmp_path):
   open_for(other, folder)
 
 
+@pytest.mark.slow
 def test_newest_whole_checkpoint_of_a_workdir_is_exported(tmp_path):
   folder = make(tmp_path / 'a', V3)
   cfg, variables = interop.load(folder)
