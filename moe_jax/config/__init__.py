@@ -6,6 +6,7 @@ below it nothing reads a dictionary.
 
 from moe_jax.config.model import (
   ATTENTION_KINDS,
+  DSAConfig,
   FullAttentionConfig,
   LayerKind,
   MLAConfig,
@@ -32,6 +33,7 @@ __all__ = [
   'ATTENTION_KINDS',
   'PRECISIONS',
   'CheckpointConfig',
+  'DSAConfig',
   'DataConfig',
   'DomainConfig',
   'EvalConfig',

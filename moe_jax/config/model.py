@@ -1,10 +1,12 @@
 """The model: one definition for the family, as frozen dataclasses that refuse impossible values."""
 
 import dataclasses
+from typing import ClassVar
 
 from moe_jax.config.rules import not_negative, one_of, positive, require
 
-ATTENTION_KINDS = ('full', 'mla')
+ATTENTION_KINDS = ('full', 'mla', 'dsa')
+INDEXER_STAGES = ('dense_warmup', 'sparse')
 SCORES = ('softmax', 'sigmoid')
 GROUP_SCORES = ('max', 'top2')
 REMAT = ('none', 'full', 'dots')
@@ -62,15 +64,48 @@ class MLAConfig:
   kv_rank: int = 64
   q_rank: int = 0  # 0: queries straight from the input, as in V2-Lite
 
+  group: ClassVar[str] = 'model.mla'
+
   def __post_init__(self):
-    positive(self, 'model.mla', 'num_heads', 'd_nope', 'd_rope', 'd_value', 'kv_rank')
-    not_negative(self, 'model.mla', 'q_rank')
+    positive(self, self.group, 'num_heads', 'd_nope', 'd_rope', 'd_value', 'kv_rank')
+    not_negative(self, self.group, 'q_rank')
     require(
       self.d_rope % 2 == 0,
-      'model.mla.d_rope',
+      f'{self.group}.d_rope',
       self.d_rope,
       'must be even: rotary embeddings turn pairs',
       'Add or remove one.',
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DSAConfig(MLAConfig):
+  """MLA over the keys that a lightning indexer picks (DeepSeek-V3.2). Source: arXiv:2512.02556.
+
+  `stage` says how the indexer is trained and whether its choice is used: `dense_warmup` attends to
+  every key and fits the indexer to that attention (train it alone: optim.trainable='indexer');
+  `sparse` attends to the chosen keys and fits the indexer on these.
+  """
+
+  num_index_heads: int = 8
+  d_index: int = 32  # the first d_rope channels are rotated
+  index_top_k: int = 64  # keys a query attends to
+  stage: str = 'sparse'
+  index_loss_weight: float = 1.0  # 0: the indexer does not learn
+
+  group: ClassVar[str] = 'model.dsa'
+
+  def __post_init__(self):
+    super().__post_init__()
+    positive(self, self.group, 'num_index_heads', 'd_index', 'index_top_k')
+    not_negative(self, self.group, 'index_loss_weight')
+    one_of(self, self.group, 'stage', INDEXER_STAGES)
+    require(
+      self.d_rope <= self.d_index,
+      'model.dsa.d_index',
+      self.d_index,
+      f'is below d_rope={self.d_rope}: the indexer rotates its first d_rope channels',
+      'Raise d_index.',
     )
 
 
@@ -156,6 +191,7 @@ class ModelConfig:
   remat: str = 'none'
   full: FullAttentionConfig = FullAttentionConfig()
   mla: MLAConfig = MLAConfig()
+  dsa: DSAConfig = DSAConfig()
   moe: MoEConfig = MoEConfig()
   rope: RopeConfig = RopeConfig()
 

@@ -10,8 +10,9 @@ from moe_jax.optim.schedules import schedule
 
 
 def decays(params: Any) -> Any:
-  """True for what weight decay applies to: all but the norms' scales, which are called weight_D."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != 'weight_D', params)
+  """True for what weight decay applies to: all but the norms' weight_D and bias_D."""
+  norms = ('weight_D', 'bias_D')
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in norms, params)
 
 
 def adamw(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:

@@ -1,10 +1,11 @@
 """Attention kinds, one file each. Each reads the normed stream and, when decoding, its cache."""
 
 from moe_jax.models.attention.base import Aux, Cache, Where
+from moe_jax.models.attention.dsa import DSA
 from moe_jax.models.attention.full import FullAttention
 from moe_jax.models.attention.mla import MLA
 
 __all__ = ['KINDS', 'Aux', 'Cache', 'Where']
 
 # by the name that a config uses, which is also the name of its group of fields in `model`
-KINDS = {'full': FullAttention, 'mla': MLA}
+KINDS = {'full': FullAttention, 'mla': MLA, 'dsa': DSA}

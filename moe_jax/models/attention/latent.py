@@ -16,6 +16,8 @@ from moe_jax.precision import Policy
 # B batch  S new tokens  D model  H heads  N nope width  C rope width  V value width
 # R key-value latent width  Q query latent width
 
+_EPS = 1e-6  # of the latents' norms, in published code whatever the other norms have
+
 
 class Projected(NamedTuple):
   """The new tokens' queries and latents, rotated and normed, and the up-projections."""
@@ -67,7 +69,7 @@ class LatentAttention(nn.Module):
     q_BSHN, q_BSHC = jnp.split(q_BSHX, [N], axis=-1)
     q_BSHC = rotate_adjacent(q_BSHC, where.position_BS, freq)
     kv_BSX = matmul('bsd,dx->bsx', x_BSD, kv_DX, sh.MATRIX_DX, policy=self.policy)
-    latent_BSR = RMSNorm(self.eps, name='kv_norm')(kv_BSX[..., :R])
+    latent_BSR = RMSNorm(_EPS, name='kv_norm')(kv_BSX[..., :R])
     rope_BSC = rotate_adjacent(kv_BSX[..., None, R:], where.position_BS, freq)[:, :, 0]
     return Projected(
       q_BSHN, q_BSHC, latent_BSR, rope_BSC, q_latent_BSQ, key_RHN, value_RHV, out_HVD
@@ -78,7 +80,7 @@ class LatentAttention(nn.Module):
     if c.q_rank:
       down_DQ = weight(self, 'q_down_DQ', (D, c.q_rank), sh.MATRIX_DX, std=self.std)
       x_BSD = matmul('bsd,dq->bsq', x_BSD, down_DQ, sh.MATRIX_DX, policy=self.policy)
-      x_BSD = RMSNorm(self.eps, name='q_norm')(x_BSD)
+      x_BSD = RMSNorm(_EPS, name='q_norm')(x_BSD)
     shape = (x_BSD.shape[-1], c.num_heads, c.d_nope + c.d_rope)
     up_QHX = weight(self, 'q_up_QHX', shape, sh.HEADS_DHC, std=self.std)
     return matmul('bsq,qhx->bshx', x_BSD, up_QHX, sh.HEADS_DHC, policy=self.policy), x_BSD
