@@ -34,6 +34,9 @@ MATRIX_DF = P(DATA, MODEL)
 MATRIX_FD = P(MODEL, DATA)
 HEADS_DHC = P(DATA, MODEL, None)
 HEADS_HCD = P(MODEL, None, DATA)
+# query heads by the key-value head that a group of them shares
+GROUPS_DGMC = P(DATA, MODEL, None, None)
+GROUPS_GMCD = P(MODEL, None, None, DATA)
 EXPERTS_ED2F = P(EXPERT, DATA, None, MODEL)
 EXPERTS_EFD = P(EXPERT, MODEL, DATA)
 

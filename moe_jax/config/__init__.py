@@ -10,8 +10,10 @@ from moe_jax.config.model import (
   FullAttentionConfig,
   LayerKind,
   MLAConfig,
+  MoBAConfig,
   ModelConfig,
   MoEConfig,
+  NSAConfig,
   RopeConfig,
 )
 from moe_jax.config.rules import require
@@ -43,8 +45,10 @@ __all__ = [
   'LogConfig',
   'MLAConfig',
   'MeshConfig',
+  'MoBAConfig',
   'MoEConfig',
   'ModelConfig',
+  'NSAConfig',
   'OptimConfig',
   'RopeConfig',
   'RunConfig',

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from moe_jax.config.rules import not_negative, one_of, positive, require
 
-ATTENTION_KINDS = ('full', 'mla', 'dsa')
+ATTENTION_KINDS = ('full', 'mla', 'dsa', 'nsa', 'moba')
 INDEXER_STAGES = ('dense_warmup', 'sparse')
 SCORES = ('softmax', 'sigmoid')
 GROUP_SCORES = ('max', 'top2')
@@ -109,6 +109,76 @@ class DSAConfig(MLAConfig):
     )
 
 
+def _grouped_heads(cfg: 'NSAConfig | MoBAConfig', group: str) -> None:
+  positive(cfg, group, 'num_heads', 'num_kv_heads', 'd_head', 'd_value')
+  require(
+    cfg.num_heads % cfg.num_kv_heads == 0,
+    f'{group}.num_kv_heads',
+    cfg.num_kv_heads,
+    f'must divide num_heads={cfg.num_heads}: as many query heads share each',
+    'Choose a divisor.',
+  )
+  require(
+    cfg.d_head % 2 == 0,
+    f'{group}.d_head',
+    cfg.d_head,
+    'must be even: rotary embeddings turn pairs',
+    'Add or remove one.',
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NSAConfig:
+  """Native sparse attention; lengths in tokens. Source: arXiv:2502.11089, section 3."""
+
+  num_heads: int = 4
+  num_kv_heads: int = 2
+  d_head: int = 32  # of queries and keys
+  d_value: int = 32
+  compress_length: int = 32  # tokens that become one compressed key
+  compress_stride: int = 16  # from one compressed block to the next
+  d_compress: int = 32  # hidden width of the compressing network
+  select_length: int = 64  # tokens of a block that is chosen or not
+  top_blocks: int = 16  # chosen blocks, the first and the two nearest among them
+  window: int = 512
+
+  def __post_init__(self):
+    _grouped_heads(self, 'model.nsa')
+    positive(self, 'model.nsa', 'compress_length', 'compress_stride', 'd_compress')
+    positive(self, 'model.nsa', 'select_length', 'window')
+    for name in ('compress_length', 'select_length'):
+      require(
+        getattr(self, name) % self.compress_stride == 0,
+        f'model.nsa.{name}',
+        getattr(self, name),
+        f'must be a multiple of compress_stride={self.compress_stride}',
+        'Change one of them.',
+      )
+    require(
+      self.top_blocks >= 3,
+      'model.nsa.top_blocks',
+      self.top_blocks,
+      'must be at least 3: the first block and the two nearest are always chosen',
+      'Raise it.',
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoBAConfig:
+  """Mixture of block attention. Source: arXiv:2502.13189, section 2.2."""
+
+  num_heads: int = 4
+  num_kv_heads: int = 2
+  d_head: int = 32  # of queries and keys
+  d_value: int = 32
+  block_size: int = 64  # tokens
+  top_k: int = 3  # blocks that a query attends to besides its own
+
+  def __post_init__(self):
+    _grouped_heads(self, 'model.moba')
+    positive(self, 'model.moba', 'block_size', 'top_k')
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
   """Routed and shared experts of one layer (DeepSeekMoE). Source: arXiv:2401.06066, 2412.19437."""
@@ -192,6 +262,8 @@ class ModelConfig:
   full: FullAttentionConfig = FullAttentionConfig()
   mla: MLAConfig = MLAConfig()
   dsa: DSAConfig = DSAConfig()
+  nsa: NSAConfig = NSAConfig()
+  moba: MoBAConfig = MoBAConfig()
   moe: MoEConfig = MoEConfig()
   rope: RopeConfig = RopeConfig()
 

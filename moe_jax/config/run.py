@@ -4,6 +4,7 @@ A field's comment gives its unit; a rule that ties fields together stands in `__
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,8 @@ class OptimConfig:
   eps: float = 1e-8
   weight_decay: float = 0.1
   clip_norm: float = 1.0
+  # regular expression: what is trained has it in its path, such as 'indexer'; empty trains all
+  trainable: str = ''
 
   def __post_init__(self):
     positive(self, 'optim', 'lr_peak', 'eps', 'clip_norm', 'step_factor')
@@ -51,6 +54,11 @@ class OptimConfig:
       'must lie in (0, 1]',
       'It is a share of the steps.',
     )
+    try:
+      re.compile(self.trainable)
+    except re.error as error:
+      rule = f'is no regular expression: {error}'
+      require(False, 'optim.trainable', self.trainable, rule, "Write a pattern such as 'indexer'.")
     ordered = all(
       a < b for a, b in zip((0, *self.step_fractions), (*self.step_fractions, 1), strict=True)
     )
@@ -278,7 +286,13 @@ class RunConfig:
       f'Use a multiple of {data * expert * self.microbatches}.',
     )
     kinds = {layer.attention for layer in m.layers}
-    sizes = {f'{kind}.num_heads': getattr(m, kind).num_heads for kind in sorted(kinds)} | {
+    split = ('num_heads', 'num_kv_heads', 'num_index_heads')
+    sizes = {
+      f'{kind}.{name}': getattr(getattr(m, kind), name)
+      for kind in sorted(kinds)
+      for name in split
+      if hasattr(getattr(m, kind), name)
+    } | {
       'd_ff': m.d_ff,
       'vocab_size': m.vocab_size,
       'd_expert': m.moe.d_expert,

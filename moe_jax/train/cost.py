@@ -22,6 +22,7 @@ _COMPONENTS = {
   'embedding_VD': 'embedding',
   'head_DV': 'output head',
   'attention': 'attention',
+  'indexer': 'indexer',
   'dense': 'dense feed-forward',
   'shared': 'shared experts',
   'gate_up_ED2F': 'routed experts',
@@ -51,19 +52,48 @@ def flops_per_token(cfg: ModelConfig, params: Any, sequence_length: int) -> floa
   """Forward and backward, of the model's own operations: nothing recomputed, no padding.
 
   Two a multiply-add, three times the forward pass for both. Attention counts the causal half of its
-  scores; looking up the embedding is no arithmetic.
+  scores, and of sparse kinds only the keys attended to, whatever the implementation computes;
+  looking up the embedding is no arithmetic.
   """
   counts = parameters(cfg, params)
   weights = sum(c.active for name, c in counts.items() if name not in ('embedding', 'norms'))
-  scores = sum(_score_width(cfg, layer.attention) for layer in cfg.layers) * sequence_length / 2
+  scores = sum(_score_work(cfg, layer.attention, sequence_length) for layer in cfg.layers)
   return 3 * 2 * (weights + scores)
+
+
+def _score_work(cfg: ModelConfig, kind: str, length: int) -> float:
+  """Multiply-adds of one query with its keys and their values, mean over a sequence, all heads."""
+  width, every = _score_width(cfg, kind), length / 2
+  match kind:
+    case 'dsa':
+      index = cfg.dsa.num_index_heads * cfg.dsa.d_index * every
+      sparse = cfg.dsa.stage == 'sparse'
+      return index + width * (_mean_keys(length, cfg.dsa.index_top_k) if sparse else every)
+    case 'nsa':
+      c = cfg.nsa
+      chosen = _mean_keys(length, c.top_blocks * c.select_length)
+      return width * (every / c.compress_stride + chosen + _mean_keys(length, c.window))
+    case 'moba':
+      c = cfg.moba
+      means = c.num_heads * c.d_head * every / c.block_size
+      return means + width * _mean_keys(length, (c.top_k + 1) * c.block_size)
+  return width * every
+
+
+def _mean_keys(length: int, most: int) -> float:
+  """Keys a query attends to, mean over a sequence, where it attends to `most` of those before."""
+  return length / 2 if length <= most else most - most * most / (2 * length)
 
 
 def _score_width(cfg: ModelConfig, kind: str) -> int:
   """Multiply-adds of one query with one key and its value, over all heads."""
   match kind:
-    case 'mla':
-      return cfg.mla.num_heads * (cfg.mla.d_nope + cfg.mla.d_rope + cfg.mla.d_value)
+    case 'mla' | 'dsa':
+      c = cfg.mla if kind == 'mla' else cfg.dsa
+      return c.num_heads * (c.d_nope + c.d_rope + c.d_value)
+    case 'nsa' | 'moba':
+      c = cfg.nsa if kind == 'nsa' else cfg.moba
+      return c.num_heads * (c.d_head + c.d_value)
     case 'full':
       return cfg.full.num_heads * 2 * cfg.full.d_head
   raise ValueError(f'no cost is known for attention={kind!r}.')

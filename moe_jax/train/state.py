@@ -11,7 +11,7 @@ from moe_jax import sharding as sh
 from moe_jax.config import RunConfig
 from moe_jax.models.attention import Where
 from moe_jax.models.decoder import Decoder
-from moe_jax.optim import GuardState, adamw
+from moe_jax.optim import GuardState, adamw, only
 from moe_jax.precision import policy
 
 
@@ -34,7 +34,8 @@ def make_model(cfg: RunConfig) -> Decoder:
 
 
 def make_optimizer(cfg: RunConfig) -> optax.GradientTransformation:
-  return adamw(cfg.optim, cfg.steps)
+  tx = adamw(cfg.optim, cfg.steps)
+  return only(tx, cfg.optim.trainable) if cfg.optim.trainable else tx
 
 
 def create(cfg: RunConfig, key: jax.Array) -> TrainState:

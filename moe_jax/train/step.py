@@ -12,7 +12,7 @@ from moe_jax.config import RunConfig
 from moe_jax.models.attention import Where
 from moe_jax.models.decoder import Decoder, Output, head_DV
 from moe_jax.ops.cross_entropy import total_loss
-from moe_jax.optim import judge, schedule
+from moe_jax.optim import judge, schedule, trains
 from moe_jax.precision import policy
 from moe_jax.train.state import TrainState, make_model, make_optimizer
 
@@ -49,17 +49,22 @@ def mean_loss(
 ) -> tuple[jax.Array, Metrics]:
   """What one micro-batch adds to the loss of its batch, and what was seen on the way.
 
+  To the language loss comes what layers report under names that end in `_loss`, summed over layers.
+
   Args:
     num_targets: valid targets of the whole batch.
   """
   total, out = _apply(model, params, router, part)
   lm = total / jnp.maximum(num_targets, 1).astype(jnp.float32)
-  balance = jnp.zeros((), jnp.float32)
+  losses = {'balance_loss': jnp.zeros((), jnp.float32)}
+  for name, of_layer_L in out.aux.items():
+    if name.endswith('_loss'):
+      losses[name] = of_layer_L.sum() / cfg.microbatches
+  loss = sum(losses.values(), start=lm)
   seen: Metrics = {}
   if 'load_E' in out.aux:
-    balance = out.aux['balance_loss'].sum() / cfg.microbatches
     seen = {'load_LE': out.aux['load_E'], 'entropy_L': out.aux['entropy'] / cfg.microbatches}
-  return lm + balance, {'loss': lm + balance, 'lm_loss': lm, 'balance_loss': balance, **seen}
+  return loss, {'loss': loss, 'lm_loss': lm, **losses, **seen}
 
 
 def loss_and_grads(
@@ -67,7 +72,7 @@ def loss_and_grads(
 ) -> tuple[Metrics, Any]:
   """Losses, counts and gradients of a whole batch, computed in `cfg.microbatches` parts.
 
-  Token losses are averaged over the valid targets of the whole batch, balance losses over parts,
+  Token losses are averaged over the valid targets of the whole batch, layers' losses over parts,
   and `load_LE` counts every token of every part and device.
   """
   num_targets = batch['loss_mask'].sum()
@@ -132,10 +137,16 @@ def unstack_bias(router: Any, bias_LE: jax.Array) -> Any:
   return new
 
 
+def _where_trained(cfg: RunConfig, new: Any, old: Any) -> Any:
+  trained = trains(cfg.optim.trainable, new)
+  return jax.tree.map(lambda t, a, b: a if t else b, trained, new, old)
+
+
 def make_train_step(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The step of a run: (state, batch) -> (state, metrics), ready for jit with the state donated.
 
-  A refused step (see optim.guard) changes nothing but the counters.
+  A refused step (see optim.guard) changes nothing but the counters. What `optim.trainable` leaves
+  out, selection biases included, stays as it is.
   """
   model, tx = make_model(cfg), make_optimizer(cfg)
   ideas = routing.choose(cfg.balance, cfg.routing)
@@ -143,6 +154,7 @@ def make_train_step(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[Train
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     seen, grads = loss_and_grads(cfg, model, state.params, state.router, batch)
+    grads = _where_trained(cfg, grads, jax.tree.map(jnp.zeros_like, grads))
     grad_norm = optax.global_norm(grads)
     ok, guard = judge(state.guard, seen['loss'], grad_norm, cfg.guard)
     clip = jnp.minimum(1.0, cfg.optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
@@ -150,13 +162,13 @@ def make_train_step(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[Train
     updates, opt = tx.update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
 
-    metrics = {f'train/{name}': seen[name] for name in ('loss', 'lm_loss', 'balance_loss')}
+    metrics = {f'train/{name}': seen[name] for name in seen if name.endswith('loss')}
     router = state.router
     if router:
       bias_LE = stack_bias(router)
       for idea in ideas:
         bias_LE = idea.update_bias(bias_LE, seen['load_LE'])
-      router = unstack_bias(router, bias_LE)
+      router = _where_trained(cfg, unstack_bias(router, bias_LE), router)
       metrics |= router_metrics(seen['load_LE'], seen['entropy_L'], bias_LE)
 
     proposed = (params, router, opt)

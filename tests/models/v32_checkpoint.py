@@ -146,7 +146,9 @@ def load(folder: Path) -> tuple[ModelConfig, dict]:
     at += width * repeats
   target = jax.eval_shape(Decoder(m, POLICY).init, jax.random.key(0), where_of(np.zeros((8, 2))))
   return m, jax.tree.map(
-    lambda a, to: jax.device_put(a, to.sharding.spec), {'params': params, 'router': router}, dict(target)
+    lambda a, to: jax.device_put(a, to.sharding.spec),
+    {'params': params, 'router': router},
+    dict(target),
   )
 
 

@@ -4,8 +4,10 @@ from moe_jax.models.attention.base import Aux, Cache, Where
 from moe_jax.models.attention.dsa import DSA
 from moe_jax.models.attention.full import FullAttention
 from moe_jax.models.attention.mla import MLA
+from moe_jax.models.attention.moba import MoBA
+from moe_jax.models.attention.nsa import NSA
 
 __all__ = ['KINDS', 'Aux', 'Cache', 'Where']
 
 # by the name that a config uses, which is also the name of its group of fields in `model`
-KINDS = {'full': FullAttention, 'mla': MLA, 'dsa': DSA}
+KINDS = {'full': FullAttention, 'mla': MLA, 'dsa': DSA, 'nsa': NSA, 'moba': MoBA}

@@ -69,5 +69,5 @@ def masked_attention(
   *,
   scale: float,
 ) -> Float[Array, 'B S H V']:
-  """Attention over the keys that a mask names, at least one a query; scores of all pairs are made."""
+  """Attention over the keys that a mask names, at least one a query; makes scores of all pairs."""
   return reference.attention(q_BSHC, k_BTHC, v_BTHV, mask_BST, scale=scale)
