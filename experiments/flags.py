@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -117,9 +118,10 @@ def _unknown_field(config: ml_collections.ConfigDict, name: str) -> str | None:
 
 def _wrong_type(config: ml_collections.ConfigDict, name: str, value: str = '') -> str | None:
   *path, last = name.split('.')
+  group: Any = config
   for part in path:
-    config = config[part]
-  kind = config.get_type(last)
+    group = group[part]
+  kind = group.get_type(last)
   if kind not in (int, float):
     return None
   try:

@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
       raise UsageError(f'--top_p={top_p.value} must lie in (0, 1]. Use 1 for no cut.')
     text = continue_text(
       workdir.value,
-      prompt.value,
+      prompt.value or '',
       num_tokens=num_tokens.value,
       temperature=temperature.value,
       top_p=top_p.value,

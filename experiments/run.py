@@ -236,6 +236,14 @@ def main(argv: Sequence[str]) -> int:
   except OSError as e:
     where = f' ({e.filename})' if e.filename else ''
     print(f'error: cannot read or write{where}: {e.strerror or e}.', file=sys.stderr)
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    print(
+      f'error: out of device memory: {config_flags.one_line(e)}. Raise microbatches, set '
+      "model.remat='full', lower data.batch_size, or use more devices.",
+      file=sys.stderr,
+    )
   return 2
 
 

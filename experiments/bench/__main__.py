@@ -27,10 +27,13 @@ def main() -> None:
   args = parser.parse_args()
   suite = importlib.import_module(f'experiments.bench.suites.{args.suite}')
   device = jax.devices()[0]
-  rows = suite.run(args.only)
-  table.show(rows, f'{args.suite} on {device.device_kind}, jax {jax.__version__}')
-  if device.platform == 'gpu' and not args.only:
-    print(f'kept in {table.save(rows, args.suite, args.out)}')
+  rows = []
+  for case in suite.run(args.only):
+    table.show(case, f'{args.suite} on {device.device_kind}, jax {jax.__version__}')
+    rows += case
+    # after every case, so that an interrupted run keeps what it has
+    if device.platform == 'gpu' and not args.only:
+      table.save(rows, args.suite, args.out)
 
 
 if __name__ == '__main__':

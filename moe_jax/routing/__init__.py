@@ -49,6 +49,6 @@ def choose(balance: str, fields: Mapping[str, Mapping[str, Any]]) -> tuple[Idea,
       )
     if names.count(name) > 1:
       raise ValueError(f'balance={balance!r} names {name!r} twice. Name it once.')
-  return tuple(
-    config_io.build(fields.get(name, {}), known[name], f'routing.{name}.') for name in names
-  )
+  # fields of ideas that are not named are checked too: a slip there is a slip
+  made = {n: config_io.build(values, known[n], f'routing.{n}.') for n, values in fields.items()}
+  return tuple(made[name] if name in made else known[name]() for name in names)

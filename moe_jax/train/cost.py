@@ -1,5 +1,6 @@
 """What a run will cost, known before it starts: parameters, FLOPs a token, bytes a device."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from moe_jax import sharding as sh
 from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.ops.cross_entropy import CHUNK as LOSS_CHUNK
 from moe_jax.train.state import TrainState, make_model
 from moe_jax.train.step import mean_loss
 
@@ -110,12 +112,24 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def predicted_bytes(cfg: RunConfig, state: TrainState) -> int:
-  """Peak bytes of a training step on one device: state, gradients, and what the backward pass
-  keeps.
+  """Peak bytes of a training step on one device.
 
-  The kept values are exact, from the traced forward pass of one micro-batch; buffers that live
+  State, gradients, what the backward pass of one micro-batch keeps (exact, from its traced forward
+  pass), what it makes again of one layer at a time under remat, and two blocks of logits. Buffers
   within one operation, and what the compiler adds, are not counted.
   """
+  kept = _kept_bytes(cfg, state)
+  if cfg.model.remat != 'none':
+    plain = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat='none'))
+    kept += _kept_bytes(plain, state) // cfg.model.num_layers
+  positions = min(cfg.data.sequence_length, LOSS_CHUNK)
+  rows = cfg.data.batch_size // cfg.microbatches
+  logits = 4 * rows * positions * cfg.model.vocab_size // jax.sharding.get_abstract_mesh().size
+  return bytes_per_device(state) + bytes_per_device(state.params) + kept + 2 * logits
+
+
+def _kept_bytes(cfg: RunConfig, state: TrainState) -> int:
+  """Bytes kept between the passes of one micro-batch, the parameters themselves left out."""
   model = make_model(cfg)
   rows, length = cfg.data.batch_size // cfg.microbatches, cfg.data.sequence_length
 
@@ -130,6 +144,4 @@ def predicted_bytes(cfg: RunConfig, state: TrainState) -> int:
     return jax.vjp(loss, params, has_aux=True)[1]
 
   residuals = jax.eval_shape(kept, state.params, state.router)
-  params = bytes_per_device(state.params)
-  # the residuals include the parameters themselves
-  return bytes_per_device(state) + params + max(bytes_per_device(residuals) - params, 0)
+  return max(bytes_per_device(residuals) - bytes_per_device(state.params), 0)

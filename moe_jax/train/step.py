@@ -155,7 +155,7 @@ def make_train_step(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[Train
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     seen, grads = loss_and_grads(cfg, model, state.params, state.router, batch)
     grads = _where_trained(cfg, grads, jax.tree.map(jnp.zeros_like, grads))
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     ok, guard = judge(state.guard, seen['loss'], grad_norm, cfg.guard)
     clip = jnp.minimum(1.0, cfg.optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
     grads = jax.tree.map(lambda g: g * clip, grads)

@@ -78,7 +78,7 @@ class Workdir:
     if jax.process_index() == 0:
       try:
         plain = json.loads(json.dumps([config, defaults or {}]))
-        self._take(*plain, may_change)
+        self._take(plain[0], plain[1], may_change)
       except WorkdirError as e:
         error = e
       except OSError as e:

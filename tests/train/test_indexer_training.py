@@ -133,9 +133,7 @@ def expected_loss(cfg: RunConfig, params, token_S: np.ndarray) -> float:
   w = x @ index['head_DJ'] * c.num_index_heads**-0.5
 
   def rotated_index(vector, t):
-    return np.concatenate(
-      [turn(vector[: c.d_rope], POSITION[t], halves=True), vector[c.d_rope :]]
-    )
+    return np.concatenate([turn(vector[: c.d_rope], POSITION[t], halves=True), vector[c.d_rope :]])
 
   total = 0.0
   tokens = np.flatnonzero(SEGMENT)
@@ -192,9 +190,7 @@ def test_warmup_moves_nothing_but_the_indexer_and_lowers_its_loss():
   print(losses[0], losses[-1])
   assert losses[-1] < losses[0] / 2
   old_leaves = jax.tree_util.tree_leaves_with_path((state.params, state.router))
-  for (path, old), leaf in zip(
-    old_leaves, jax.tree.leaves((new.params, new.router)), strict=True
-  ):
+  for (path, old), leaf in zip(old_leaves, jax.tree.leaves((new.params, new.router)), strict=True):
     name = jax.tree_util.keystr(path)
     assert np.array_equal(old, leaf) == ('indexer' not in name), name
   # moments are kept for the indexer alone

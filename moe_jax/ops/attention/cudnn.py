@@ -1,8 +1,8 @@
 """Dense attention by cuDNN's fused kernel, forward and backward, on each device of the mesh.
 
-cuDNN wants keys and values of one width: narrower values are padded with zeros, which costs their share of the
-second product. Document borders go in as a mask of [B, 1, S, S] in the compute dtype, the only part that grows with
-the square of the sequence.
+cuDNN wants keys and values of one width: narrower values are padded with zeros, which costs their
+share of the second product. Document borders go in as a mask of [B, 1, S, S] in the compute dtype,
+the only part that grows with the square of the sequence.
 """
 
 import jax

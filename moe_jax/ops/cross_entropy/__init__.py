@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+CHUNK = 1024  # positions whose logits are held at once
+
 # B batch  S sequence  D model  V vocabulary  N chunks  M positions a chunk
 
 
@@ -25,7 +27,7 @@ def total_loss(
   target_BS: Int[Array, 'B S'],
   mask_BS: Bool[Array, 'B S'],
   *,
-  chunk: int = 1024,
+  chunk: int = CHUNK,
 ) -> Float[Array, '']:
   """Sum of the losses where `mask_BS` is true, in nats.
 

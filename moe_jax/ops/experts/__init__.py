@@ -37,6 +37,7 @@ def expert_mlp(
 
   Args:
     x_BSD: tokens, split over (data, expert) by row.
+    expert_BSK: the experts of each token, all different.
     weight_BSK: float32 gate weights.
     gate_up_ED2F: stored shares, split as `sharding.EXPERTS_ED2F`; gathered over `data` here.
     down_EFD: likewise, `sharding.EXPERTS_EFD`.

@@ -1,20 +1,81 @@
-"""What the two Hopper kernels share."""
+"""What the two Hopper kernels share: how they are launched, and the order of their tiles."""
+
+# E experts
+
+import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # rows of one wgmma instruction
 SLAB = 64
 
 
-def num_sms() -> int:
-  """Blocks to launch; one suffices in the interpreter, where there is no GPU."""
+def _num_sms() -> int:
   device = jax.sharding.get_abstract_mesh().abstract_device
   if device is not None and device.num_cores:
     return device.num_cores
+  # without a GPU this is the interpreter, where more blocks only take longer
   return jax.devices()[0].core_count if jax.default_backend() == 'gpu' else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+  """One block per SM, three warpgroups each; with pair=2, neighbours form a cluster.
+
+  Blocks of a pair take the same share of the work, whose unit is then a pair of tiles.
+  """
+
+  pair: int
+
+  @property
+  def multicast(self) -> str | None:
+    """The axis over which a load common to a pair is shared."""
+    return 'pair' if self.pair > 1 else None
+
+  @property
+  def _units(self) -> int:
+    return max(1, _num_sms() // self.pair)
+
+  def index(self, i: jax.Array) -> jax.Array:
+    """The i-th unit of work of this block."""
+    return lax.axis_index('sm') + i * self._units
+
+  def share(self, total: jax.Array | int) -> jax.Array:
+    """How many units of work fall to this block."""
+    return lax.max(pl.cdiv(total - lax.axis_index('sm'), self._units), 0)
+
+  def of_pair(self, unit: jax.Array) -> jax.Array:
+    return unit * 2 + lax.axis_index('pair') if self.pair > 1 else unit
+
+  def barrier(
+    self, *, num_arrivals: int, num_barriers: int
+  ) -> plgpu.Barrier | plgpu.ClusterBarrier:
+    """For releasing a stage, which the pair must do together if one loads for both."""
+    if self.pair > 1:
+      return plgpu.ClusterBarrier(
+        collective_axes=('pair',), num_arrivals=num_arrivals, num_barriers=num_barriers
+      )
+    return plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=num_barriers)
+
+  def kernel(self, body: Callable, *, out_type, scratch_types, name: str) -> Callable:
+    cluster = {'cluster': (2,), 'cluster_names': ('pair',)} if self.pair > 1 else {}
+    return plgpu.kernel(
+      body,
+      out_type=out_type,
+      scratch_types=scratch_types,
+      grid=(self._units,),
+      grid_names=('sm',),
+      num_threads=3,
+      thread_name='warpgroup',
+      kernel_name=name,
+      compiler_params=plgpu.CompilerParams(approx_math=True),
+      **cluster,
+    )
 
 
 def smem_layout(columns: int, itemsize: int = 2) -> tuple:
@@ -26,6 +87,12 @@ def smem_layout(columns: int, itemsize: int = 2) -> tuple:
 
 def ring_slot(step: jax.Array, stages: int) -> jax.Array:
   return lax.rem(step, jnp.int32(stages))
+
+
+def running_sum(count_E: jax.Array) -> jax.Array:
+  """cumsum as one masked sum, which XLA fuses with what is around it."""
+  e = jnp.arange(count_E.shape[0])
+  return jnp.where(e[:, None] >= e, count_E, 0).sum(1, dtype=count_E.dtype)
 
 
 def strip_order(

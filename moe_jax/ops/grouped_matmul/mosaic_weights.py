@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax.ops.grouped_matmul.mosaic_common import (
   SLAB,
-  num_sms,
+  Launch,
   ring_slot,
   smem_layout,
   strip_order,
@@ -49,26 +49,27 @@ def weights_matmul(
   x_RD: jax.Array, dy_RF: jax.Array, group_E4: jax.Array, *, tile: Tile, dtype: jnp.dtype
 ) -> jax.Array:
   (_, d), f, num_experts = x_RD.shape, dy_RF.shape[1], group_E4.shape[0]
-  rows_d, full_f, rest_f = pl.cdiv(d, tile.m), f // tile.n, f % tile.n
+  # the unit of work is a pair of tiles, one above the other, with dy in common
+  unit_rows, full_f, rest_f = pl.cdiv(d, tile.m * tile.pair), f // tile.n, f % tile.n
   columns = full_f + (rest_f > 0)
-  chunk = 128 // dtype.itemsize
-  sms = num_sms()
-  num_tiles = num_experts * rows_d * columns
+  # 128 bfloat16 or 64 float32 columns leave at a time, through one of two buffers
+  chunk = 256 // dtype.itemsize
+  launch = Launch(tile.pair)
+  num_units = num_experts * unit_rows * columns
 
   def kernel(x_g, dy_g, group_g, dw_g, x_s, dy_s, dw_s, full, empty, clean):
     group = lax.axis_index('warpgroup')
-    sm = lax.axis_index('sm')
-    my_tiles = pl.cdiv(num_tiles - sm, sms)
+    my_tiles = launch.share(num_units)
 
     def where(i):
-      i = sm + i * sms
-      expert = lax.div(i, jnp.int32(rows_d * columns))
-      row, column = strip_order(
-        lax.rem(i, jnp.int32(rows_d * columns)), rows_d, columns, tile.strip
-      )
-      base, lo, end, dirty = (group_g[expert, c] for c in range(4))
-      steps = jnp.where(end > lo, pl.cdiv(end, tile.k), 0)
-      return expert, row, column, pl.multiple_of(base, 8), lo, end, dirty, steps
+      """Tile row and column, then expert, base, lo, end, dirty of this block's i-th tile."""
+      at = lax.min(launch.index(i), num_units - 1)
+      expert = lax.div(at, jnp.int32(unit_rows * columns))
+      inside = lax.rem(at, jnp.int32(unit_rows * columns))
+      row, column = strip_order(inside, unit_rows, columns, tile.strip)
+      return launch.of_pair(row), column, expert, *(group_g[expert, c] for c in range(4))
+
+    steps_of = lambda lo, end: jnp.where(end > lo, pl.cdiv(end, tile.k), 0)
 
     @pl.when(group < 2)
     def _():
@@ -81,8 +82,11 @@ def weights_matmul(
         ref[:, columns_at] = jnp.where((index >= lo) & (index < hi), part, jnp.zeros_like(part))
         plgpu.commit_smem()
 
-      def multiply(i, done):
-        expert, row, column, _, lo, end, dirty, steps = where(i)
+      def multiply(i, carry):
+        done, (row, column, expert, _, lo, end, dirty) = carry
+        # before the products, which hide the latency of these loads and divisions
+        upcoming = where(i + 1)
+        steps = steps_of(lo, end)
 
         def one_width(width):
           def accumulate(acc):
@@ -122,10 +126,12 @@ def weights_matmul(
 
           total = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((SLAB, width), jnp.float32))
           at_row = pl.ds(row * tile.m + group * SLAB, SLAB)
-          for c in range(width // chunk):
+          for c in range(pl.cdiv(width, chunk)):
             plgpu.wait_smem_to_gmem(min(c, 1), wait_read_only=True)
-            dw_s[group, c % 2] = total[:, c * chunk : (c + 1) * chunk].astype(dtype)
+            part = total[:, c * chunk : (c + 1) * chunk].astype(dtype)
+            dw_s[group, c % 2, :, : part.shape[1]] = part
             plgpu.commit_smem()
+            # past row D or column F, TMA drops what it is given
             at_column = pl.ds(column * tile.n + c * chunk, chunk)
             plgpu.copy_smem_to_gmem(dw_s.at[group, c % 2], dw_g.at[expert, at_row, at_column])
 
@@ -133,9 +139,9 @@ def weights_matmul(
           pl.when(column < full_f)(lambda: one_width(tile.n))
         if rest_f:
           pl.when(column == full_f)(lambda: one_width(rest_f))
-        return done + steps
+        return done + steps, upcoming
 
-      lax.fori_loop(0, my_tiles, multiply, jnp.int32(0))
+      lax.fori_loop(0, my_tiles, multiply, (jnp.int32(0), where(jnp.int32(0))))
       plgpu.wait_smem_to_gmem(0)
 
     @pl.when(group == 2)
@@ -143,7 +149,8 @@ def weights_matmul(
       plgpu.set_max_registers(40, action='decrease')
 
       def load(i, done):
-        _, row, column, base, _, _, _, steps = where(i)
+        row, column, _, base, lo, end, _ = where(i)
+        steps = steps_of(lo, end)
 
         def step(k, _):
           slot = ring_slot(done + k, tile.stages)
@@ -157,7 +164,9 @@ def weights_matmul(
           x_part = x_g.at[at, pl.ds(row * tile.m, tile.m)]
           dy_part = dy_g.at[at, pl.ds(column * tile.n, tile.n)]
           plgpu.copy_gmem_to_smem(x_part, x_s.at[slot], full.at[slot])
-          plgpu.copy_gmem_to_smem(dy_part, dy_s.at[slot], full.at[slot])
+          plgpu.copy_gmem_to_smem(
+            dy_part, dy_s.at[slot], full.at[slot], collective_axes=launch.multicast
+          )
 
         lax.fori_loop(0, steps, step, None)
         return done + steps
@@ -167,7 +176,7 @@ def weights_matmul(
       drain = lambda k, _: plgpu.barrier_wait(empty.at[ring_slot(k, tile.stages)])
       lax.fori_loop(lax.max(done - tile.stages, 0), done, drain, None)
 
-  return plgpu.kernel(
+  return launch.kernel(
     kernel,
     out_type=jax.ShapeDtypeStruct((num_experts, d, f), dtype),
     scratch_types=(
@@ -175,13 +184,8 @@ def weights_matmul(
       plgpu.SMEM((tile.stages, tile.k, tile.n), dy_RF.dtype, transforms=smem_layout(64)),
       plgpu.SMEM((2, 2, SLAB, chunk), dtype, transforms=smem_layout(chunk, dtype.itemsize)),
       plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
-      plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
+      launch.barrier(num_arrivals=2, num_barriers=tile.stages),
       plgpu.Barrier(num_arrivals=2),
     ),
-    grid=(sms,),
-    grid_names=('sm',),
-    num_threads=3,
-    thread_name='warpgroup',
-    kernel_name='grouped_matmul_wgrad',
-    compiler_params=plgpu.CompilerParams(approx_math=True),
+    name='grouped_matmul_wgrad',
   )(x_RD, dy_RF, group_E4)

@@ -29,7 +29,7 @@ def sort_by_destination(
 
   Args:
     destination_TK: destination of each choice; `num_destinations` for a choice that goes nowhere.
-    num_rows: R; at least as many as there are choices that go somewhere.
+    num_rows: R; at least as many as there are choices that go somewhere, at most T * K.
   """
   T, K = destination_TK.shape
   flat = destination_TK.reshape(-1)

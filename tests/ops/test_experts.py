@@ -1,0 +1,133 @@
+"""Routed experts on one device and on meshes, against a loop over tokens."""
+
+# B batch  S sequence  D model  F width  E experts  K experts a token
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from moe_jax import sharding as sh
+from moe_jax.ops.experts import expert_mlp
+
+B, S, D, F, E, K = 8, 4, 8, 6, 8, 3
+
+
+def routes(name: str) -> np.ndarray:
+  rng = np.random.default_rng(0)
+  draw = lambda experts: np.stack([rng.permutation(experts)[:K] for _ in range(B * S)])
+  match name:
+    case 'mixed':
+      expert = draw(np.arange(E))
+    case 'one_without_tokens':
+      expert = draw(np.delete(np.arange(E), 2))
+    case 'all_to_the_same':
+      expert = np.tile([5, 3, 0], (B * S, 1))
+    case 'all_to_one_half':  # one device of two gets everything
+      expert = np.tile([6, 7, 4], (B * S, 1))
+    case _:
+      raise ValueError(name)
+  return expert.reshape(B, S, K).astype(np.int32)
+
+
+NAMES = ('mixed', 'all_to_the_same', 'one_without_tokens', 'all_to_one_half')
+
+
+def operands(dtype=jnp.float32):
+  keys = jax.random.split(jax.random.key(0), 4)
+  draw = lambda key, *shape: jax.random.normal(key, shape)
+  x, weight = draw(keys[0], B, S, D), jax.nn.softmax(draw(keys[1], B, S, K))
+  matrices = draw(keys[2], E, D, 2, F), draw(keys[3], E, F, D)
+  return x.astype(dtype), weight, *(m.astype(dtype) for m in matrices)
+
+
+def naive(x, expert, weight, gate_up, down):
+  """Every expert on every token, then those chosen, weighted."""
+  h = jnp.einsum('bsd,edgf->bsegf', x, gate_up)
+  y = jnp.einsum('bsef,efd->bsed', jax.nn.silu(h[..., 0, :]) * h[..., 1, :], down)
+  chosen = (jax.nn.one_hot(expert, E) * weight[..., None]).sum(2)
+  return jnp.einsum('bsed,bse->bsd', y, chosen)
+
+
+@functools.cache
+def compiled(shape):
+  """Output and gradients of `expert_mlp` on a mesh, as host arrays."""
+  mesh = sh.make_mesh(shape)
+  specs = (sh.STREAM, sh.STREAM, sh.STREAM, sh.EXPERTS_ED2F, sh.EXPERTS_EFD)
+
+  @jax.jit
+  def run(x, expert, weight, gate_up, down, dout):
+    y, vjp = jax.vjp(lambda *a: expert_mlp(a[0], expert, *a[1:]), x, weight, gate_up, down)
+    return y, *vjp(dout)
+
+  def call(x, expert, weight, gate_up, down, dout):
+    arrays = [
+      jax.device_put(a, NamedSharding(mesh, spec))
+      for a, spec in zip((x, expert, weight, gate_up, down), specs, strict=True)
+    ]
+    with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):
+      return [np.asarray(a) for a in run(*arrays, jax.device_put(dout, arrays[0].sharding))]
+
+  return call
+
+
+@functools.cache
+def expected(name):
+  x, weight, gate_up, down = operands()
+  dout = jax.random.normal(jax.random.key(9), x.shape)
+  y, vjp = jax.vjp(lambda *a: naive(a[0], routes(name), *a[1:]), x, weight, gate_up, down)
+  return [np.asarray(a) for a in (y, *vjp(dout))], np.asarray(dout)
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('shape', [(1, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+def test_experts_equal_the_loop_with_their_gradients(shape, name):
+  x, weight, gate_up, down = operands()
+  arrays, dout = expected(name)
+  found = compiled(shape)(x, routes(name), weight, gate_up, down, dout)
+  labels = ('y', 'dx', 'dweight', 'dgate_up', 'ddown')
+  for label, a, b in zip(labels, found, arrays, strict=True):
+    # sums of up to B*S products of order 10 in float32, in another order
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4, err_msg=label)
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+def test_an_expert_without_tokens_gets_an_exactly_zero_gradient(shape):
+  x, weight, gate_up, down = operands()
+  route = routes('one_without_tokens')
+  assert not (route == 2).any()
+  found = compiled(shape)(x, route, weight, gate_up, down, x)
+  np.testing.assert_array_equal(found[3][2], 0)
+  np.testing.assert_array_equal(found[4][2], 0)
+
+
+def on_one_device(x, route, weight, gate_up, down):
+  mesh = sh.make_mesh((1, 1, 1))
+  split = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
+  with jax.set_mesh(mesh):
+    return jax.jit(expert_mlp)(
+      *(split(a, sh.STREAM) for a in (x, route, weight)),
+      split(gate_up, sh.EXPERTS_ED2F),
+      split(down, sh.EXPERTS_EFD),
+    )
+
+
+def test_one_token_visits_its_experts():
+  x, weight, gate_up, down = operands()
+  x, weight, route = x[:1, :1], weight[:1, :1], routes('mixed')[:1, :1]
+  y = on_one_device(x, route, weight, gate_up, down)
+  np.testing.assert_allclose(y, naive(x, route, weight, gate_up, down), rtol=1e-5, atol=1e-4)
+
+
+def test_experts_of_bfloat16_return_bfloat16_close_to_float32():
+  x, weight, gate_up, down = operands(jnp.bfloat16)
+  route = routes('mixed')
+  y = on_one_device(x, route, weight, gate_up, down)
+  assert y.dtype == jnp.bfloat16
+  x, gate_up, down = (a.astype(jnp.float32) for a in (x, gate_up, down))
+  exact = naive(x, route, weight, gate_up, down)
+  # the hidden layer and each expert's output are rounded to 8 bits: 2^-8 of the largest of them
+  np.testing.assert_allclose(y.astype(np.float32), exact, atol=2**-7 * np.abs(exact).max())
