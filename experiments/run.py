@@ -27,6 +27,7 @@ from moe_jax.analysis.report import write_report
 from moe_jax.config import RunConfig
 from moe_jax.data.pipeline import RowSource
 from moe_jax.infer.decode import generate
+from moe_jax.interop.api import open_for
 from moe_jax.train import cost, loop
 from moe_jax.train.checkpoint import CheckpointError
 from moe_jax.train.metrics import read_metrics
@@ -48,6 +49,8 @@ def run(cfg: RunConfig, path: str, *, overrides: Sequence[str] = (), command: st
     WorkdirError, CheckpointError, OSError: the workdir cannot be used.
   """
   routing.choose(cfg.balance, cfg.routing)
+  if cfg.init_from:
+    open_for(cfg.model, cfg.init_from)
   mesh = sh.make_mesh(cfg.check_mesh(jax.device_count()))
   sources = functools.cache(functools.partial(_source, cfg))
   vocabulary = sources('train').tokenizer.vocab_size

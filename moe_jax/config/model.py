@@ -23,9 +23,10 @@ class RopeConfig:
   yarn_beta_slow: float = 1.0
   # softmax scale times (0.1 * this * ln(yarn_factor) + 1)^2
   yarn_mscale_all_dim: float = 1.0
+  yarn_magnitude: float = 1.0  # cos and sin times this; 1 in every released model
 
   def __post_init__(self):
-    positive(self, 'model.rope', 'base', 'yarn_original_length', 'yarn_beta_fast')
+    positive(self, 'model.rope', 'base', 'yarn_original_length', 'yarn_beta_fast', 'yarn_magnitude')
     require(
       self.yarn_factor >= 1,
       'model.rope.yarn_factor',

@@ -243,6 +243,8 @@ class RunConfig:
   """A whole run. `balance` names ideas of moe_jax.routing joined by '+', `routing` their fields."""
 
   seed: int = 0
+  # folder to take parameters and selection biases from, of import_hf or Hugging Face; '': random
+  init_from: str = ''
   steps: int = 100
   microbatches: int = 1  # gradient accumulation: parts that a batch is computed in
   precision: str = 'float32'

@@ -15,6 +15,8 @@ from moe_jax import config_io
 from moe_jax import sharding as sh
 from moe_jax.config import RunConfig
 from moe_jax.data.pipeline import RowSource, batches
+from moe_jax.interop.api import open_for
+from moe_jax.interop.variables import materialize
 from moe_jax.train.checkpoint import Checkpointer
 from moe_jax.train.metrics import MetricsWriter
 from moe_jax.train.signals import StopSignal
@@ -139,6 +141,12 @@ class _Run:
   def start(self) -> TrainState:
     """A fresh state; its checkpoint means that there is always one to go back to."""
     state = jax.jit(functools.partial(create, self.cfg))(jax.random.key(self.cfg.seed))
+    if self.cfg.init_from:
+      # the random ones go first, so that memory never holds both
+      state = state._replace(params=None, router=None)
+      variables = materialize(open_for(self.cfg.model, self.cfg.init_from))
+      state = state._replace(params=variables['params'], router=variables.get('router', {}))
+      self.screen.note(f'parameters from {self.cfg.init_from}')
     self.report_evaluation(0, state)
     self.checkpoints.save(0, state)
     return state

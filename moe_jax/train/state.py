@@ -38,17 +38,22 @@ def make_optimizer(cfg: RunConfig) -> optax.GradientTransformation:
   return only(tx, cfg.optim.trainable) if cfg.optim.trainable else tx
 
 
+def init_variables(model: Decoder, key: jax.Array) -> Any:
+  """Random variables of a model on the current mesh: collections `params` and `router`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  rows = mesh.shape[sh.DATA] * mesh.shape[sh.EXPERT]
+  token_BS = jnp.zeros((rows, 2), jnp.int32, out_sharding=sh.TOKENS)
+  start_B = jnp.zeros((rows,), jnp.int32, out_sharding=sh.BY_ROW)
+  return model.init(key, Where(token_BS, token_BS, token_BS, start_B))
+
+
 def create(cfg: RunConfig, key: jax.Array) -> TrainState:
   """A fresh state on the current mesh.
 
   `jax.eval_shape(partial(create, cfg), key)` carries every shape, dtype and sharding: it is the
   restore target, the memory estimate and the only table of shardings.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  rows = mesh.shape[sh.DATA] * mesh.shape[sh.EXPERT]
-  token_BS = jnp.zeros((rows, 2), jnp.int32, out_sharding=sh.TOKENS)
-  start_B = jnp.zeros((rows,), jnp.int32, out_sharding=sh.BY_ROW)
-  variables = make_model(cfg).init(key, Where(token_BS, token_BS, token_BS, start_B))
+  variables = init_variables(make_model(cfg), key)
   params = variables['params']
   zero = jnp.zeros((), jnp.int32)
   return TrainState(

@@ -49,11 +49,12 @@ class Indexer(nn.Module):
     query_QJI = weight(self, 'query_QJI', (Q, J, I), sh.HEADS_DHC, std=self.std)
     key_DI = weight(self, 'key_DI', (D, I), sh.MATRIX_DX, std=self.std)
     head_DJ = weight(self, 'head_DJ', (D, J), sh.MATRIX_DF, std=self.std)
-    freq = rope_frequencies(c.d_rope, self.rope)
+    freq, magnitude = rope_frequencies(c.d_rope, self.rope), self.rope.yarn_magnitude
 
     def rotate(a_BSXI: jax.Array) -> jax.Array:
       rope, rest = jnp.split(a_BSXI, [c.d_rope], axis=-1)
-      return jnp.concatenate([rotate_half_split(rope, where.position_BS, freq), rest], -1)
+      rope = rotate_half_split(rope, where.position_BS, freq) * magnitude
+      return jnp.concatenate([rope, rest], -1)
 
     q_BSJI = matmul('bsq,qji->bsji', q_latent_BSQ, query_QJI, sh.HEADS_DHC, policy=self.policy)
     k_BSI = matmul('bsd,di->bsi', x_BSD, key_DI, sh.MATRIX_DX, policy=self.policy)

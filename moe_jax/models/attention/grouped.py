@@ -32,16 +32,15 @@ class GroupedAttention(nn.Module):
     return self.cfg.d_head**-0.5 * factor
 
   def rotate(self, x_BTGC: jax.Array, position_BT: jax.Array) -> jax.Array:
-    return rotate_half_split(x_BTGC, position_BT, rope_frequencies(self.cfg.d_head, self.rope))
+    freq = rope_frequencies(self.cfg.d_head, self.rope)
+    return rotate_half_split(x_BTGC, position_BT, freq) * self.rope.yarn_magnitude
 
   def queries(self, x_BSD: jax.Array, where: Where) -> jax.Array:
     """Rotated queries [B, S, G, M, C]."""
     c = self.cfg
     G, M = c.num_kv_heads, c.num_heads // c.num_kv_heads
     q_BSGMC = self.by_group('q_DGMC', x_BSD, (G, M, c.d_head))
-    freq = rope_frequencies(c.d_head, self.rope)
-    turn = lambda q_BSGC: rotate_half_split(q_BSGC, where.position_BS, freq)
-    return jax.vmap(turn, in_axes=3, out_axes=3)(q_BSGMC)
+    return jax.vmap(lambda q: self.rotate(q, where.position_BS), in_axes=3, out_axes=3)(q_BSGMC)
 
   def by_group(self, name: str, x_BSD: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     """A linear map of the stream to [B, S, *shape], `shape` beginning with the groups."""

@@ -16,7 +16,8 @@ from moe_jax.precision import Policy
 # B batch  S new tokens  D model  H heads  N nope width  C rope width  V value width
 # R key-value latent width  Q query latent width
 
-_EPS = 1e-6  # of the latents' norms, in published code whatever the other norms have
+# the published code keeps this in the latent norms whatever rms_norm_eps is
+_LATENT_EPS = 1e-6
 
 
 class Projected(NamedTuple):
@@ -63,14 +64,14 @@ class LatentAttention(nn.Module):
     key_RHN = weight(self, 'key_up_RHN', (R, H, N), sh.HEADS_DHC, std=self.std)
     value_RHV = weight(self, 'value_up_RHV', (R, H, V), sh.HEADS_DHC, std=self.std)
     out_HVD = weight(self, 'out_HVD', (H, V, D), sh.HEADS_HCD, std=self.std)
-    freq = rope_frequencies(C, self.rope)
+    freq, magnitude = rope_frequencies(C, self.rope), self.rope.yarn_magnitude
 
     q_BSHX, q_latent_BSQ = self._queries(x_BSD)
     q_BSHN, q_BSHC = jnp.split(q_BSHX, [N], axis=-1)
-    q_BSHC = rotate_adjacent(q_BSHC, where.position_BS, freq)
+    q_BSHC = rotate_adjacent(q_BSHC, where.position_BS, freq) * magnitude
     kv_BSX = matmul('bsd,dx->bsx', x_BSD, kv_DX, sh.MATRIX_DX, policy=self.policy)
-    latent_BSR = RMSNorm(_EPS, name='kv_norm')(kv_BSX[..., :R])
-    rope_BSC = rotate_adjacent(kv_BSX[..., None, R:], where.position_BS, freq)[:, :, 0]
+    latent_BSR = RMSNorm(_LATENT_EPS, name='kv_norm')(kv_BSX[..., :R])
+    rope_BSC = rotate_adjacent(kv_BSX[..., None, R:], where.position_BS, freq)[:, :, 0] * magnitude
     return Projected(
       q_BSHN, q_BSHC, latent_BSR, rope_BSC, q_latent_BSQ, key_RHN, value_RHV, out_HVD
     )
@@ -80,7 +81,7 @@ class LatentAttention(nn.Module):
     if c.q_rank:
       down_DQ = weight(self, 'q_down_DQ', (D, c.q_rank), sh.MATRIX_DX, std=self.std)
       x_BSD = matmul('bsd,dq->bsq', x_BSD, down_DQ, sh.MATRIX_DX, policy=self.policy)
-      x_BSD = RMSNorm(_EPS, name='q_norm')(x_BSD)
+      x_BSD = RMSNorm(_LATENT_EPS, name='q_norm')(x_BSD)
     shape = (x_BSD.shape[-1], c.num_heads, c.d_nope + c.d_rope)
     up_QHX = weight(self, 'q_up_QHX', shape, sh.HEADS_DHC, std=self.std)
     return matmul('bsq,qhx->bshx', x_BSD, up_QHX, sh.HEADS_DHC, policy=self.policy), x_BSD
