@@ -5,12 +5,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from v32_checkpoint import POLICY, where_of
 
-from moe_jax.config import DSAConfig, MoBAConfig, ModelConfig, MoEConfig, NSAConfig
+from moe_jax import sharding as sh
+from moe_jax.config import DSAConfig, MoBAConfig, ModelConfig, NSAConfig
 from moe_jax.infer.decode import extend, open_session
+from moe_jax.models.attention import Where
 from moe_jax.models.decoder import Decoder, head_DV
+from moe_jax.precision import policy
 
+POLICY = policy('float32')
 VOCABULARY = 40
 # lengths at which a query sees fewer keys than it may choose, as many, and more
 KINDS = {
@@ -32,16 +35,24 @@ KINDS = {
 }  # fmt: skip
 
 
+def where_of(ids, segment=None, position=None) -> Where:
+  """A Where on the current mesh: one document a row, unless `segment` and `position` say more."""
+  B, S = np.shape(ids)
+  position = np.tile(np.arange(S), (B, 1)) if position is None else position
+  segment = np.ones((B, S)) if segment is None else segment
+  put = lambda a, spec: jax.device_put(np.asarray(a, np.int32), spec)
+  return Where(*(put(a, sh.TOKENS) for a in (ids, position, segment)), put(np.zeros(B), sh.BY_ROW))
+
+
 def tiny(kind: str, **changes) -> ModelConfig:
   settings = dict(
     vocab_size=VOCABULARY,
     d_model=16,
     num_layers=2,
-    num_dense_layers=1,
+    num_dense_layers=2,
     d_ff=24,
     attention=kind,
     init_std=0.3,
-    moe=MoEConfig(num_experts=4, top_k=2, d_expert=8),
   )
   return ModelConfig(**(settings | KINDS[kind] | changes))
 
@@ -74,13 +85,13 @@ def logits(cfg: ModelConfig, variables, ids, segment=None, position=None) -> np.
   return np.asarray(logits_and_aux(cfg, variables, where)[0])
 
 
-def decoded(cfg: ModelConfig, variables, ids: np.ndarray, *, prompt: int, room: int) -> np.ndarray:
-  """Logits of all tokens: the first `prompt` read at once, the others one by one."""
-  model = Decoder(cfg, POLICY)
-  step = jax.jit(functools.partial(extend, model))
-  session = open_session(model, rows=ids.shape[0], length=room)
-  parts = []
-  for part in np.split(ids, np.arange(prompt, ids.shape[1]), axis=1):
-    new, session = step(variables, session, where_of(part).token_BS)
-    parts.append(np.asarray(new))
-  return np.concatenate(parts, axis=1)
+def decoded(cfg: ModelConfig, variables, ids: np.ndarray, *, prompts: list[int], room: int):
+  """Yields, for each prompt, logits of all tokens: the prompt read at once, the others one by one."""
+  step = jax.jit(functools.partial(extend, Decoder(cfg, POLICY)))
+  for prompt in prompts:
+    session = open_session(Decoder(cfg, POLICY), rows=ids.shape[0], length=room)
+    parts = []
+    for part in np.split(ids, np.arange(prompt, ids.shape[1]), axis=1):
+      new, session = step(variables, session, where_of(part).token_BS)
+      parts.append(np.asarray(new))
+    yield np.concatenate(parts, axis=1)

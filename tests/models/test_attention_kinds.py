@@ -1,14 +1,11 @@
 """What every sparse attention kind keeps: causality, documents apart, caches, meshes."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from kinds import KINDS, VOCABULARY, decoded, logits, logits_and_aux, on_mesh, tiny
-from v32_checkpoint import where_of
+from kinds import KINDS, VOCABULARY, decoded, logits, logits_and_aux, on_mesh, tiny, where_of
 
 from moe_jax import sharding as sh
-from moe_jax.ops.cross_entropy import token_losses
 
 # float32 sums in another order, logits of order 10
 TOLERANCE = 1e-5
@@ -42,7 +39,7 @@ def test_kind_never_reads_a_later_token(kind):
 def test_kind_computes_packed_documents_as_if_alone(kind):
   cfg, ids = tiny(kind), draw_ids(1, LENGTH)
   variables = on_mesh(cfg)
-  lengths = (9, 3, 10)  # the last token is padding
+  lengths = (10, 2, 10)  # the last token is padding
   segment = np.zeros((1, LENGTH), np.int32)
   position = np.zeros((1, LENGTH), np.int32)
   starts = np.cumsum((0, *lengths))
@@ -56,12 +53,12 @@ def test_kind_computes_packed_documents_as_if_alone(kind):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('prompt', [1, 4, 5, 6, 13])
-def test_kind_decodes_what_the_full_forward_computes(kind, prompt):
+def test_kind_decodes_what_the_full_forward_computes(kind):
   cfg, ids = tiny(kind), draw_ids(2, LENGTH)
   variables = on_mesh(cfg)
-  written = decoded(cfg, variables, ids, prompt=prompt, room=LENGTH + 3)
-  np.testing.assert_allclose(written, logits(cfg, variables, ids), atol=TOLERANCE, rtol=0)
+  full = logits(cfg, variables, ids)
+  for written in decoded(cfg, variables, ids, prompts=[1, 6, 13], room=LENGTH + 3):
+    np.testing.assert_allclose(written, full, atol=TOLERANCE, rtol=0)
 
 
 def mean_nats(cfg, variables, ids):
@@ -88,8 +85,8 @@ def test_kind_gives_every_parameter_a_finite_gradient(kind):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('shape', [(2, 2, 2), (1, 4, 2)])
-def test_kind_gives_the_same_loss_and_gradients_on_every_mesh(kind, shape):
+@pytest.mark.parametrize('shape', [(2, 2, 2), (1, 8, 1)], ids=str)
+def test_kind_gives_the_same_loss_and_gradients_on_a_mesh(kind, shape):
   cfg, ids = tiny(kind), draw_ids(8, LENGTH)
   loss, grads = mean_nats(cfg, on_mesh(cfg), ids)
   with jax.set_mesh(sh.make_mesh(shape)):
