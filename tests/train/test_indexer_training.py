@@ -206,10 +206,10 @@ def test_trains_finds_a_pattern_in_the_path():
 
 
 def test_only_refuses_a_pattern_that_is_found_nowhere():
-  with pytest.raises(ValueError, match="optim.trainable='idxer' is found in the path of no param"):
+  with pytest.raises(ValueError, match="trainable='idxer' is found in the path of no parameter"):
     only(optax.sgd(1.0), 'idxer').init({'indexer': jnp.zeros(2)})
 
 
 def test_optim_refuses_a_broken_pattern():
-  with pytest.raises(ValueError, match="optim.trainable='\\[' is no regular expression"):
+  with pytest.raises(ValueError, match='is no regular expression'):
     OptimConfig(trainable='[')

@@ -17,7 +17,9 @@ STAGES = {'': 'sparse', 'warmup': 'dense_warmup'}
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   size, _, stage = arg.partition('_') if arg.startswith('tiny') else ('full', '', arg)
   if size not in ('full', 'tiny') or stage not in STAGES:
-    raise ValueError(f'{arg!r} is not one of warmup, tiny, tiny_warmup. Leave it out for the model.')
+    raise ValueError(
+      f'{arg!r} is not one of warmup, tiny, tiny_warmup. Leave it out for the model.'
+    )
   c = base()
   c.model.attention = 'dsa'
   c.model.dsa.stage = STAGES[stage]

@@ -25,7 +25,7 @@ def top_k_mask(
 ) -> Bool[Array, '... T']:
   """Marks the k highest-scored of the allowed places, all of them where there are fewer.
 
-  Exact; of equal scores the earliest places win, as in `jax.lax.top_k`. Passes no gradient.
+  Exact; of equal scores (0 and -0 are) the earliest places win. Passes no gradient.
   """
   if k >= score.shape[-1]:
     return allowed
