@@ -21,14 +21,18 @@ def build(values: Mapping[str, Any], kind: Any = RunConfig, path: str = '') -> A
   """Makes dataclass `kind` from nested mappings; fields left out keep their defaults.
 
   Raises:
-    ValueError: one line, for an unknown field (with the nearest known one), a wrong type, or a
-      value that the dataclass itself refuses.
+    ValueError: one line, for an unknown field (with the nearest known one), a missing one, a wrong
+      type, or a value that the dataclass itself refuses.
   """
   hints = typing.get_type_hints(kind)
-  known = {f.name for f in dataclasses.fields(kind)}
+  fields = dataclasses.fields(kind)
+  known = {f.name for f in fields}
   for name in values:
     if name not in known:
       raise ValueError(f'{path}{name} is not a field of this config. {nearest(name, known)}')
+  for f in fields:
+    if f.name not in values and f.default is f.default_factory is dataclasses.MISSING:
+      raise ValueError(f'{path}{f.name} is missing and has no default. Give it a value.')
   return kind(**{name: _convert(v, hints[name], f'{path}{name}') for name, v in values.items()})
 
 

@@ -11,6 +11,7 @@ from experiments.configs.base import base
 def get_config() -> ml_collections.ConfigDict:
   c = base()
   c.steps = 200
+  c.microbatches = 4
   c.balance = 'loss_free+sequence_wise'
   # 1e-3 is for runs of many thousand steps: here the bias has 200 to find its place
   c.routing.loss_free.rate = 1e-2

@@ -37,7 +37,7 @@ class Idea:
   name: ClassVar[str] = ''
 
   def loss(self, gate: Gate) -> jax.Array:
-    """Weighted loss of one layer, a mean over sequences or tokens, so that micro-batches add up."""
+    """Weighted loss of one layer, a mean over sequences, so that micro-batches add up."""
     return jnp.zeros((), jnp.float32)
 
   def update_bias(

@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moe_jax.routing.base import Gate, Idea
+from moe_jax.routing.base import Gate, Idea, sequence_mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ZLoss(Idea):
   """weight * mean over tokens of logsumexp(logits)^2: keeps router logits small.
+
+  The mean is taken within each sequence, then over sequences, so that micro-batches add up exactly
+  where one has more padding than another.
 
   Source: ST-MoE, arXiv:2202.08906, equation 5; weight 1e-3 there.
   """
@@ -21,6 +24,5 @@ class ZLoss(Idea):
   weight: float = 1e-3
 
   def loss(self, gate: Gate) -> Float[Array, '']:
-    square_BS = jnp.square(jax.nn.logsumexp(gate.logits_BSE, axis=-1))
-    count = jnp.maximum(gate.valid_BS.sum(), 1)
-    return self.weight * jnp.where(gate.valid_BS, square_BS, 0).sum() / count
+    square_BS1 = jnp.square(jax.nn.logsumexp(gate.logits_BSE, axis=-1, keepdims=True))
+    return self.weight * sequence_mean(square_BS1, gate.valid_BS).mean()

@@ -102,6 +102,7 @@ def test_weights_larger_than_a_batch_of_blocks_give_the_same_result(monkeypatch)
   close(xla.forward(x_RD, w_EDF, starts, sizes_E), want, FLOAT32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('check_vma', [True, False], ids=['checked', 'unchecked'])
 def test_shard_map_over_eight_devices_equals_one(check_vma):
   rows, d, f, experts, devices = 24, 8, 12, 3, 8

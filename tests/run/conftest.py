@@ -16,3 +16,12 @@ def straight(program, tmp_path_factory):
   result = program.run(workdir)
   assert result.code == 0, result
   return workdir
+
+
+@pytest.fixture(scope='session')
+def on_eight(program, tmp_path_factory):
+  """The workdir of the first 8 of those steps, on 8 devices as mesh (2, 4, 1)."""
+  workdir = tmp_path_factory.mktemp('on_eight') / 'run'
+  result = program.run(workdir, '--config.steps=8', '--config.mesh.expert=4', devices=8)
+  assert result.code == 0, result
+  return workdir

@@ -68,10 +68,15 @@ def weight_grad(
   implementation: str | None = None,
 ) -> jax.Array:
   """The gradient of grouped_matmul in its weights, [E, D, F], rounded once, to `dtype`."""
+  if x_RD.shape[0] != dy_RF.shape[0] or x_RD.dtype != dy_RF.dtype:
+    raise ValueError(
+      f'x {x_RD.dtype}{x_RD.shape} and dy {dy_RF.dtype}{dy_RF.shape} must agree in rows and dtype.'
+    )
   if offsets_E is None:
     offsets_E = layout.compact_offsets(sizes_E)
   backend = _choose(implementation, x_RD, x_RD.shape[1], dy_RF.shape[1])
-  return _BACKENDS[backend].weight_grad(x_RD, dy_RF, offsets_E, sizes_E, dtype=jnp.dtype(dtype))
+  args = layout.match_vma(x_RD, dy_RF, offsets_E, sizes_E)
+  return _BACKENDS[backend].weight_grad(*args, dtype=jnp.dtype(dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

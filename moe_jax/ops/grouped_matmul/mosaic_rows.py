@@ -11,14 +11,15 @@
 
 Groups start anywhere. A tile starts at the last multiple of 8 rows (TMA's grain in this layout) at
 or before its group, so it may hold a few rows of the neighbours; they are multiplied and not
-stored. A slab of 64 rows that its expert owns whole leaves through swizzled shared memory; others
-through an unswizzled copy, in pieces of 32, 16, .. 1 rows. A warpgroup whose half has no real rows
-does not multiply.
+stored. A slab of 64 rows that are all real leaves through swizzled shared memory; others through
+an unswizzled copy, in pieces of 64, 32, .. 1 rows. A warpgroup whose half has no real rows does not
+multiply.
 
 Traffic from device memory: x and y once, and a group's weights once, as long as a strip's working
-set stays in L2. From L2 into shared memory, 2 m n / (m + n) / 2 operations a byte: 85, or 105 in
-pairs (128 for 256 x 128). Bounds: that traffic (about 8 TB/s measured on an H200, so 680 TFLOP/s
-unpaired), then the tensor cores under the chip's power limit.
+set stays in L2. From L2 into shared memory, m n / (m + n) operations a byte: 85, or 105 in pairs.
+Bound: the tensor cores under the chip's power limit; then, at small K, the time from one tile's
+last product to the next one's first. 64 experts of 1024 rows also multiply about 3% of rows that
+are not stored, and the last of 32 or so rounds of tiles is mostly empty.
 """
 
 # R rows  K contracted  N columns of y  E experts  W tiles of rows
@@ -161,15 +162,11 @@ def rows_matmul(
 
       def store(y, slab, row, column, lo, live, own):
         """Rows [lo, live) of a slab as they are, [live, own) as zeros, others not at all."""
-        index = plgpu.broadcasted_iota(jnp.int32, (SLAB,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
-        # a select: a row of nobody may have come out as NaN
-        keep = lax.broadcast_in_dim((index < live).astype(jnp.float32), y.shape, [0]) > 0
-        y = jnp.where(keep, y, 0).astype(y_g.dtype)
-        whole = (lo <= 0) & (own >= SLAB)
+        all_real = (lo <= 0) & (live >= SLAB)
 
-        @pl.when(whole)
+        @pl.when(all_real)
         def _():
-          y_s[group, slab, :, : y.shape[1]] = y
+          y_s[group, slab, :, : y.shape[1]] = y.astype(y_g.dtype)
           plgpu.commit_smem()
           # past column N, TMA drops what it is given
           at = pl.ds(row, SLAB), pl.ds(column * tile.n, tile.n)
@@ -178,15 +175,20 @@ def rows_matmul(
         begin = lax.max(lo, 0)
         size = lax.min(own, SLAB) - begin
 
-        @pl.when(jnp.logical_not(whole) & (size > 0))
+        @pl.when(jnp.logical_not(all_real) & (size > 0))
         def _():
+          index = plgpu.broadcasted_iota(jnp.int32, (SLAB,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+          real = (index < live).astype(jnp.float32)
+          keep = lax.broadcast_in_dim(real, (SLAB, _EDGE_COLUMNS), [0]) > 0
           for c in range(0, y.shape[1], _EDGE_COLUMNS):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            edge_s[group] = y[:, c : c + _EDGE_COLUMNS]
+            # a select: a row of nobody may have come out as NaN
+            part = jnp.where(keep, y[:, c : c + _EDGE_COLUMNS], 0)
+            edge_s[group] = part.astype(y_g.dtype)
             plgpu.commit_smem()
             at_column = pl.ds(column * tile.n + c, _EDGE_COLUMNS)
             at = begin
-            for piece in (32, 16, 8, 4, 2, 1):
+            for piece in (64, 32, 16, 8, 4, 2, 1):
 
               @pl.when((size & piece) != 0)
               def _(at=at, piece=piece, at_column=at_column):

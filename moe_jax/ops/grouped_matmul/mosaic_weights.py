@@ -2,13 +2,14 @@
 
   tile         128 rows x 256 columns of one dw[e]; contracts the expert's rows, 64 at a step
   block        as in mosaic_rows.py: 2 warpgroups multiply 64 x 256 each, a third loads
+  pair         two blocks, one tile above the other, which share their part of dy
   order        expert by expert; within one, strips of some tile rows by all columns
 
 An expert's steps start at the last multiple of 8 rows at or before its group, and the last step
 may run past its end. In those two steps each warpgroup sets the foreign rows of its part of x to
 zero in shared memory before it multiplies, hidden behind the products in flight. Zero times a
-neighbour's row is zero; but zero times a row of nobody may be NaN, so next to such rows dy is
-cleaned too, which makes the two warpgroups wait for each other.
+neighbour's row is zero; but zero times a row of nobody may be NaN, so where such rows are in reach
+dy is cleaned too, which makes the two warpgroups wait for each other.
 
 Traffic from device memory: an expert's x and dy once, as long as both stay in L2, and dw once,
 which with float32 gradients and a thousand rows an expert is most of it. Bound: the tensor cores;
