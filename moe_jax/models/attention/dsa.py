@@ -107,7 +107,7 @@ class DSA(LatentAttention):
     return self.output(o_BSHV, p), cache, aux
 
   @staticmethod
-  def empty_cache(cfg: DSAConfig, batch: int, length: int, dtype: Any) -> Cache:
+  def empty_cache(cfg: Any, batch: int, length: int, dtype: Any) -> Cache:
     """MLA's latents and one index key: kv_rank + d_rope + d_index numbers a token."""
     index_BTI = jnp.zeros((batch, length, cfg.d_index), dtype, out_sharding=sh.STREAM)
     return {**LatentAttention.empty_cache(cfg, batch, length, dtype), 'index_BTI': index_BTI}

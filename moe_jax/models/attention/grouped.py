@@ -1,11 +1,13 @@
 """Grouped-query projections: what the kinds share that choose among whole blocks of tokens."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from moe_jax import sharding as sh
-from moe_jax.config import MoBAConfig, NSAConfig, RopeConfig
+from moe_jax.config import RopeConfig
 from moe_jax.models.attention.base import Cache, Where, rope_frequencies
 from moe_jax.models.layers import matmul, weight
 from moe_jax.ops.blocks import Span
@@ -19,7 +21,7 @@ from moe_jax.precision import Policy
 class GroupedAttention(nn.Module):
   """Base of the block-sparse kinds: num_heads queries in num_kv_heads groups, half-split RoPE."""
 
-  cfg: NSAConfig | MoBAConfig
+  cfg: Any  # NSAConfig or MoBAConfig
   rope: RopeConfig
   std: float
   eps: float
@@ -76,7 +78,7 @@ def span(where: Where, cache: Cache | None) -> Span:
   return Span(ones_BS, where.position_BS, ones_BT, k_position_BT, where.start_B)
 
 
-def empty_heads(names: dict[str, int], groups: int, batch: int, length: int, dtype) -> Cache:
+def empty_heads(names: dict[str, int], groups: int, batch: int, length: int, dtype: Any) -> Cache:
   """Zeros [batch, length, groups, width] for each name and its width."""
   return {
     name: jnp.zeros((batch, length, groups, width), dtype, out_sharding=sh.HEADS)

@@ -44,7 +44,7 @@ class LatentAttention(nn.Module):
   Source: arXiv:2405.04434, section 2.1.
   """
 
-  cfg: MLAConfig
+  cfg: Any  # MLAConfig, or a config that adds to it
   rope: RopeConfig
   std: float
   eps: float

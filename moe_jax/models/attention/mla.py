@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe_jax.config import MLAConfig
 from moe_jax.models.attention.base import Cache, Where, append, cached_segments
 from moe_jax.models.attention.latent import LatentAttention
 from moe_jax.ops.attention import attention, latent_attention, visible
@@ -17,6 +18,8 @@ class MLA(LatentAttention):
 
   Source: arXiv:2405.04434, section 2.1.
   """
+
+  cfg: MLAConfig
 
   @nn.compact
   def __call__(self, x_BSD: jax.Array, where: Where, cache: Cache | None):

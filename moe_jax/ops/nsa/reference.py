@@ -126,6 +126,7 @@ def attention(
   ):
     p_BGMST = grouped_probabilities(q_BSGMC, branch.k_BTGC, mask, scale=scale)
     outputs.append(weighted_values(p_BGMST, branch.v_BTGV))
-  return sum(
+  compressed_BSGMV, selected_BSGMV, window_BSGMV = (
     gate_BSGM3[..., i, None].astype(o_BSGMV.dtype) * o_BSGMV for i, o_BSGMV in enumerate(outputs)
   )
+  return compressed_BSGMV + selected_BSGMV + window_BSGMV
