@@ -1,6 +1,7 @@
 """Loading a checkpoint, computing its logits, and saving one."""
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,8 @@ from moe_jax.precision import policy
 
 # B batch  S sequence  V vocabulary
 
+_log = logging.getLogger(__name__)
+
 
 def load(folder: Path | str) -> tuple[ModelConfig, Any]:
   """Reads a checkpoint: its config, and its variables on the current mesh, float32.
@@ -42,7 +45,12 @@ def load(folder: Path | str) -> tuple[ModelConfig, Any]:
 
 def open_source(folder: Path | str) -> Source:
   """Opens and checks a folder without reading its tensors."""
-  return Native(folder) if is_native(Path(folder)) else Checkpoint(folder)
+  if is_native(Path(folder)):
+    return Native(folder)
+  source = Checkpoint(folder)
+  for what, count in source.left_out.items():
+    _log.warning('%s: %d tensors of %s are left out', folder, count, what)
+  return source
 
 
 def open_for(cfg: ModelConfig, folder: Path | str) -> Source:

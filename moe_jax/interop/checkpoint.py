@@ -1,6 +1,5 @@
 """A Hugging Face checkpoint as a source of our leaves: checked whole, then read block by block."""
 
-import logging
 from collections import Counter
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from moe_jax.interop.fields import Fields
 from moe_jax.interop.safetensors import Tensor, read_folder
 from moe_jax.interop.table import Link, links, tensor_shape, to_leaf
 from moe_jax.interop.variables import leaf_shapes
-
-_log = logging.getLogger(__name__)
 
 
 class Checkpoint:
@@ -41,8 +38,6 @@ class Checkpoint:
     self._tensors = read_folder(self.folder)
     notes = {name: family.left_out(self.cfg, name) for name in self._tensors}
     self.left_out = Counter(note for note in notes.values() if note)
-    for note, count in self.left_out.items():
-      _log.info('%s: %d tensors of %s are left out', self.folder, count, note)
     self._tensors = {name: t for name, t in self._tensors.items() if not notes[name]}
     self._scales = {
       name: quantized.scale_of(name, self._tensors)

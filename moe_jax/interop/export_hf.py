@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_jax.interop.command import DTYPES, run
 from moe_jax.interop.errors import InteropError
 from moe_jax.interop.folders import ORIGIN, check_free, copy_companions, new_folder
-from moe_jax.interop.import_hf import DTYPES, run
 from moe_jax.interop.native import Native, is_native
 from moe_jax.interop.published import Export
 from moe_jax.interop.trained import Trained
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ('--packed', dict(action='store_true', help='experts of a layer in one tensor')),
     ('--dtype', dict(choices=sorted(DTYPES), help='of the weights; default: their own')),
   ]
-  return run(export_hf, __doc__, arguments, sys.argv[1:] if argv is None else argv)
+  return run(export_hf, __doc__, arguments, argv)
 
 
 if __name__ == '__main__':

@@ -48,7 +48,7 @@ class Fields:
 
   def fail(self, name: str, rule: str) -> InteropError:
     value = self.values.get(name, _MISSING)
-    shown = name if value is _MISSING else f'{name}={json.dumps(value)}'
+    shown = name if value in (None, _MISSING) else f'{name}={json.dumps(value)}'
     return InteropError(f'{self.path}: {shown} {rule}')
 
   def get(self, name: str, kind: type, default: Any = _MISSING) -> Any:
@@ -126,8 +126,10 @@ def read_rope(f: Fields) -> RopeConfig:
   if not length:
     raise f.fail(name, 'should have original_max_position_embeddings.')
   factor = rope.get('factor') or longest / length
-  if factor <= 1:
-    raise f.fail(name, 'should have a factor above 1.')
+  if factor < 1:
+    raise f.fail(name, 'should have a factor of at least 1.')
+  if factor == 1:
+    return RopeConfig(base=theta)
   plain = RopeConfig(
     base=theta,
     yarn_factor=float(factor),

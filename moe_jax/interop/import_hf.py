@@ -5,22 +5,15 @@ Block by block: a model of any size converts in the memory of its largest matrix
 from OUT by --config.init_from=OUT; interop.load reads OUT and DIR alike.
 """
 
-import argparse
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import ml_dtypes
-import numpy as np
-
 from moe_jax.interop.checkpoint import Checkpoint
-from moe_jax.interop.errors import InteropError
+from moe_jax.interop.command import DTYPES, run
 from moe_jax.interop.folders import ORIGIN, check_free, copy_companions, new_folder
 from moe_jax.interop.native import write_native
-
-DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 
 
 def import_hf(folder: Path | str, out: Path | str, *, dtype: str | None = None) -> list[str]:
@@ -42,34 +35,13 @@ def import_hf(folder: Path | str, out: Path | str, *, dtype: str | None = None) 
   return [f'left out: {count} tensors of {what}' for what, count in source.left_out.items()]
 
 
-def run(function, doc: str | None, arguments: Sequence[tuple], argv: Sequence[str]) -> int:
-  """Parses a command line, calls the function on the CPU, prints its lines or its one error."""
-  jax.config.update('jax_platforms', 'cpu')
-  parser = argparse.ArgumentParser(
-    description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  for name, options in arguments:
-    parser.add_argument(name, **options)
-  try:
-    for line in function(**vars(parser.parse_args(argv))):
-      print(line)
-  except InteropError as e:
-    print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
-    return 2
-  except OSError as e:
-    where = f' ({e.filename})' if e.filename else ''
-    print(f'error: cannot read or write{where}: {e.strerror or e}.', file=sys.stderr)
-    return 2
-  return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
   arguments = [
     ('folder', dict(metavar='DIR', help='config.json and .safetensors files')),
     ('out', dict(metavar='OUT', help='a new folder')),
     ('--dtype', dict(choices=sorted(DTYPES), help="of the weights; default: the checkpoint's own")),
   ]
-  return run(import_hf, __doc__, arguments, sys.argv[1:] if argv is None else argv)
+  return run(import_hf, __doc__, arguments, argv)
 
 
 if __name__ == '__main__':

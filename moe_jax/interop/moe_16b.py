@@ -112,6 +112,7 @@ def read_decoder(f: Fields, **parts: Any) -> ModelConfig:
   num_dense = min(f.get('first_k_dense_replace', int, 0), num_layers)
   kinds = ['dense'] * num_dense + ['sparse'] * (num_layers - num_dense)
   f.must('mlp_layer_types', kinds)
+  f.must('layer_types', ['full_attention'] * num_layers)
   std = f.get('initializer_range', float, 0.02)
   return ModelConfig(
     vocab_size=f.get('vocab_size', int),

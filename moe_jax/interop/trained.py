@@ -23,6 +23,8 @@ class Trained:
     path = workdir / 'config.json'
     try:
       cfg: RunConfig = config_io.build(json.loads(path.read_text()))
+    except OSError as e:
+      raise InteropError(f'{path} cannot be read: {e.strerror}.') from None
     except ValueError as e:
       raise InteropError(f'{path}: {e}') from None
     self.cfg = cfg.model

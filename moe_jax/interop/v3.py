@@ -35,10 +35,10 @@ def read_config(f: Fields) -> ModelConfig:
   moe = MoEConfig(
     score='sigmoid',
     group_score='top2',
-    num_groups=f.get('n_group', int, 1),
-    top_groups=f.get('topk_group', int, 1),
-    normalize_weights=f.get('norm_topk_prob', bool, True),
-    weight_scale=f.get('routed_scaling_factor', float, 1.0),
+    num_groups=f.get('n_group', int),
+    top_groups=f.get('topk_group', int),
+    normalize_weights=f.get('norm_topk_prob', bool),
+    weight_scale=f.get('routed_scaling_factor', float),
     **read_experts(f),
   )
   return read_decoder(f, attention='mla', mla=read_mla(f), moe=moe, rope=read_rope(f))

@@ -3,6 +3,7 @@
 A block is what one index of a leaf's leading dims holds: of a layer, or of one expert of it.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -60,7 +61,9 @@ def flat(tree: Any) -> dict[str, Any]:
   }
 
 
+@functools.lru_cache
 def leaf_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """The shape of every leaf of a model, by path."""
   with jax.set_mesh(one_device()):
     return {name: leaf.shape for name, leaf in flat(target(cfg)).items()}
 
