@@ -27,7 +27,7 @@ def left_out(cfg: ModelConfig, name: str) -> str:
   return moe_16b.left_out(cfg, name)
 
 
-def read_config(f: Fields) -> ModelConfig:
+def read_config(f: Fields, layer_type: str = 'full_attention') -> ModelConfig:
   f.must('scoring_func', 'sigmoid')
   f.must('topk_method', 'noaux_tc')
   f.must('rope_interleave', True)
@@ -41,7 +41,8 @@ def read_config(f: Fields) -> ModelConfig:
     weight_scale=f.get('routed_scaling_factor', float),
     **read_experts(f),
   )
-  return read_decoder(f, attention='mla', mla=read_mla(f), moe=moe, rope=read_rope(f))
+  parts = dict(attention='mla', mla=read_mla(f), moe=moe, rope=read_rope(f))
+  return read_decoder(f, layer_type, **parts)
 
 
 def write_config(cfg: ModelConfig) -> dict[str, Any]:

@@ -42,10 +42,8 @@ def scopes(cfg: ModelConfig, style: str) -> list[Scope]:
 
 
 def read_config(f: Fields) -> ModelConfig:
-  num_layers = f.get('num_hidden_layers', int)
-  f.must('layer_types', ['indexed_attention'] * num_layers)
   f.get('q_lora_rank', int)  # what the indexer reads: absent in V2-Lite alone
-  plain = v3.read_config(f)
+  plain = v3.read_config(f, layer_type='indexed_attention')
   dsa = DSAConfig(
     **dataclasses.asdict(plain.mla),
     num_index_heads=f.get('index_n_heads', int),

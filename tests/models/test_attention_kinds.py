@@ -85,6 +85,7 @@ def test_kind_gives_every_parameter_a_finite_gradient(kind):
 
 
 @pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.slow
 @pytest.mark.parametrize('shape', [(2, 2, 2), (1, 8, 1)], ids=str)
 def test_kind_gives_the_same_loss_and_gradients_on_a_mesh(kind, shape):
   cfg, ids = tiny(kind), draw_ids(8, LENGTH)
