@@ -40,6 +40,9 @@ PER_HEAD = P(MODEL)
 GROUPS_GXR = P(MODEL, DATA, None)
 GROUPS_GRD = P(MODEL, None, DATA)
 STREAMS_JDX = P(None, DATA, None)
+# query heads by the key-value head that a group of them shares
+GROUPS_DGMC = P(DATA, MODEL, None, None)
+GROUPS_GMCD = P(MODEL, None, None, DATA)
 EXPERTS_ED2F = P(EXPERT, DATA, None, MODEL)
 EXPERTS_EFD = P(EXPERT, MODEL, DATA)
 

@@ -4,18 +4,23 @@
 below it nothing reads a dictionary.
 """
 
+from moe_jax.config.attention import (
+  CompressedConfig,
+  DSAConfig,
+  FullAttentionConfig,
+  MLAConfig,
+  MoBAConfig,
+  NSAConfig,
+  RopeConfig,
+)
 from moe_jax.config.model import (
   ATTENTION_KINDS,
   COMPRESSED_KINDS,
-  CompressedConfig,
-  FullAttentionConfig,
   LayerKind,
   MHCConfig,
-  MLAConfig,
   ModelConfig,
   MoEConfig,
   MTPConfig,
-  RopeConfig,
 )
 from moe_jax.config.rules import require
 from moe_jax.config.run import (
@@ -39,6 +44,7 @@ __all__ = [
   'PRECISIONS',
   'CheckpointConfig',
   'CompressedConfig',
+  'DSAConfig',
   'DataConfig',
   'DomainConfig',
   'EvalConfig',
@@ -50,9 +56,11 @@ __all__ = [
   'MLAConfig',
   'MTPConfig',
   'MeshConfig',
+  'MoBAConfig',
   'MoEConfig',
   'ModelConfig',
   'MuonConfig',
+  'NSAConfig',
   'OptimConfig',
   'RopeConfig',
   'RunConfig',

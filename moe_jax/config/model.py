@@ -1,129 +1,25 @@
 """The model: one definition for the family, as frozen dataclasses that refuse impossible values."""
 
 import dataclasses
+from typing import Any
 
+from moe_jax.config.attention import (
+  CompressedConfig,
+  DSAConfig,
+  FullAttentionConfig,
+  MLAConfig,
+  MoBAConfig,
+  NSAConfig,
+  RopeConfig,
+)
 from moe_jax.config.rules import not_negative, one_of, positive, require
 
 COMPRESSED_KINDS = ('sliding', 'csa', 'hca')  # these share the fields of `model.compressed`
-ATTENTION_KINDS = ('full', 'mla', *COMPRESSED_KINDS)
+ATTENTION_KINDS = ('full', 'mla', 'dsa', 'nsa', 'moba', *COMPRESSED_KINDS)
 RESIDUAL_KINDS = ('plain', 'mhc')
-INDEXER_STAGES = ('dense_warmup', 'sparse')
 SCORES = ('softmax', 'sigmoid', 'sqrt_softplus')
 GROUP_SCORES = ('max', 'top2')
 REMAT = ('none', 'full', 'dots')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-  """Rotary embeddings; YaRN when `yarn_factor` is above 1. Source: arXiv:2309.00071."""
-
-  base: float = 10_000.0
-  yarn_factor: float = 1.0
-  yarn_original_length: int = 4096  # tokens the model was trained on before the extension
-  yarn_beta_fast: float = 32.0
-  yarn_beta_slow: float = 1.0
-  # softmax scale times (0.1 * this * ln(yarn_factor) + 1)^2
-  yarn_mscale_all_dim: float = 1.0
-  yarn_magnitude: float = 1.0  # cos and sin times this; 1 in every released model
-
-  def __post_init__(self):
-    positive(self, 'model.rope', 'base', 'yarn_original_length', 'yarn_beta_fast', 'yarn_magnitude')
-    require(
-      self.yarn_factor >= 1,
-      'model.rope.yarn_factor',
-      self.yarn_factor,
-      'must be at least 1',
-      'Use 1 for plain rotary embeddings.',
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FullAttentionConfig:
-  """Multi-head attention with half-split rotary embeddings (DeepSeekMoE-16B)."""
-
-  num_heads: int = 4
-  d_head: int = 32
-
-  def __post_init__(self):
-    positive(self, 'model.full', 'num_heads', 'd_head')
-    require(
-      self.d_head % 2 == 0,
-      'model.full.d_head',
-      self.d_head,
-      'must be even: rotary embeddings turn pairs',
-      'Add or remove one.',
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MLAConfig:
-  """Multi-head latent attention (DeepSeek-V2, V3). Source: arXiv:2405.04434, section 2.1."""
-
-  num_heads: int = 4
-  d_nope: int = 32
-  d_rope: int = 16
-  d_value: int = 32
-  kv_rank: int = 64
-  q_rank: int = 0  # 0: queries straight from the input, as in V2-Lite
-
-  def __post_init__(self):
-    positive(self, 'model.mla', 'num_heads', 'd_nope', 'd_rope', 'd_value', 'kv_rank')
-    not_negative(self, 'model.mla', 'q_rank')
-    require(
-      self.d_rope % 2 == 0,
-      'model.mla.d_rope',
-      self.d_rope,
-      'must be even: rotary embeddings turn pairs',
-      'Add or remove one.',
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CompressedConfig:
-  """DeepSeek-V4's attention: a window of tokens, and compressed entries for what lies behind it.
-
-  Kind `sliding` is the window alone; `csa` adds the entries that an indexer selects, `hca` adds all
-  of its own, coarser ones. Source: arXiv:2606.19348, section 2.2.
-  """
-
-  num_heads: int = 4
-  d_head: int = 32  # of the one key, which is the value too
-  d_rope: int = 8  # the last channels of each head
-  q_rank: int = 24
-  window: int = 128  # tokens, the query's own included
-  num_groups: int = 2  # groups of heads in the output projection
-  group_rank: int = 16
-  csa_ratio: int = 4  # tokens an entry
-  hca_ratio: int = 128
-  num_index_heads: int = 8
-  d_index: int = 16
-  index_top_k: int = 512  # entries that a query of `csa` sees
-  stage: str = 'sparse'  # dense_warmup: csa sees all entries, and the indexer learns on all
-  index_loss_weight: float = 1.0  # 0: the indexer does not learn
-  # of csa and hca; sliding layers use model.rope
-  rope: RopeConfig = RopeConfig(base=160_000.0, yarn_factor=16.0, yarn_original_length=65_536)
-
-  def __post_init__(self):
-    name = 'model.compressed'
-    positive(self, name, 'num_heads', 'd_head', 'd_rope', 'q_rank', 'window', 'num_groups')
-    positive(self, name, 'group_rank', 'csa_ratio', 'hca_ratio', 'num_index_heads', 'd_index')
-    positive(self, name, 'index_top_k')
-    not_negative(self, name, 'index_loss_weight')
-    one_of(self, name, 'stage', INDEXER_STAGES)
-    require(
-      self.d_rope % 2 == 0 and self.d_rope <= min(self.d_head, self.d_index),
-      f'{name}.d_rope',
-      self.d_rope,
-      f'must be even and at most d_head={self.d_head} and d_index={self.d_index}',
-      'Rotary embeddings turn pairs of the last channels: lower it.',
-    )
-    require(
-      self.num_heads % self.num_groups == 0,
-      f'{name}.num_groups',
-      self.num_groups,
-      f'must divide num_heads={self.num_heads}: groups are of equal size',
-      'Choose a divisor.',
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,6 +135,9 @@ class ModelConfig:
   remat: str = 'none'
   full: FullAttentionConfig = FullAttentionConfig()
   mla: MLAConfig = MLAConfig()
+  dsa: DSAConfig = DSAConfig()
+  nsa: NSAConfig = NSAConfig()
+  moba: MoBAConfig = MoBAConfig()
   compressed: CompressedConfig = CompressedConfig()
   mhc: MHCConfig = MHCConfig()
   moe: MoEConfig = MoEConfig()
@@ -293,6 +192,6 @@ class ModelConfig:
       for i, kind in enumerate(attention)
     )
 
-  def attention_config(self, kind: str) -> FullAttentionConfig | MLAConfig | CompressedConfig:
+  def attention_config(self, kind: str) -> Any:
     """The fields of an attention kind."""
     return getattr(self, 'compressed' if kind in COMPRESSED_KINDS else kind)

@@ -4,6 +4,7 @@ A field's comment gives its unit; a rule that ties fields together stands in `__
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,6 +59,8 @@ class OptimConfig:
   weight_decay: float = 0.1
   clip_norm: float = 1.0
   muon: MuonConfig = MuonConfig()
+  # regular expression: what is trained has it in its path, such as 'indexer'; empty trains all
+  trainable: str = ''
 
   def __post_init__(self):
     one_of(self, 'optim', 'name', OPTIMIZERS)
@@ -76,6 +79,11 @@ class OptimConfig:
       'must lie in (0, 1]',
       'It is a share of the steps.',
     )
+    try:
+      re.compile(self.trainable)
+    except re.error as error:
+      rule = f'is no regular expression: {error}'
+      require(False, 'optim.trainable', self.trainable, rule, "Write a pattern such as 'indexer'.")
     ordered = all(
       a < b for a, b in zip((0, *self.step_fractions), (*self.step_fractions, 1), strict=True)
     )
@@ -313,15 +321,17 @@ class RunConfig:
     )
     kinds = {layer.attention for layer in m.layers}
     groups = {'compressed' if kind in COMPRESSED_KINDS else kind for kind in kinds}
-    sizes = {f'{group}.num_heads': getattr(m, group).num_heads for group in sorted(groups)} | {
+    split = ('num_heads', 'num_kv_heads', 'num_index_heads', 'num_groups')
+    sizes = {
+      f'{group}.{name}': getattr(getattr(m, group), name)
+      for group in sorted(groups)
+      for name in split
+      if hasattr(getattr(m, group), name)
+    } | {
       'd_ff': m.d_ff,
       'vocab_size': m.vocab_size,
       'd_expert': m.moe.d_expert,
     }
-    if 'compressed' in groups:
-      sizes['compressed.num_groups'] = m.compressed.num_groups
-    if 'csa' in kinds:
-      sizes['compressed.num_index_heads'] = m.compressed.num_index_heads
     for name, size in sizes.items():
       require(
         size % model == 0,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from moe_jax.config import ModelConfig
-from moe_jax.interop import moe_16b, v2, v3, v4
+from moe_jax.interop import moe_16b, v2, v3, v4, v32
 from moe_jax.interop.errors import InteropError
 from moe_jax.interop.fields import Fields
 from moe_jax.interop.table import Scope
@@ -40,7 +40,7 @@ class Family(Protocol):
     ...
 
 
-FAMILIES: dict[str, Any] = {family.MODEL_TYPE: family for family in (moe_16b, v2, v3, v4)}
+FAMILIES: dict[str, Any] = {family.MODEL_TYPE: family for family in (moe_16b, v2, v3, v4, v32)}
 
 
 def by_type(f: Fields) -> Family:

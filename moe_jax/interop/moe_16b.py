@@ -121,7 +121,7 @@ def read_experts(f: Fields) -> dict[str, Any]:
   )
 
 
-def read_decoder(f: Fields, **parts: Any) -> ModelConfig:
+def read_decoder(f: Fields, layer_type: str = 'full_attention', **parts: Any) -> ModelConfig:
   """The fields of every generation, with the parts that differ."""
   f.must('hidden_act', 'silu')
   f.must('attention_bias', False)
@@ -132,7 +132,7 @@ def read_decoder(f: Fields, **parts: Any) -> ModelConfig:
   num_dense = min(f.get('first_k_dense_replace', int, 0), num_layers)
   kinds = ['dense'] * num_dense + ['sparse'] * (num_layers - num_dense)
   f.must('mlp_layer_types', kinds)
-  f.must('layer_types', ['full_attention'] * num_layers)
+  f.must('layer_types', [layer_type] * num_layers)
   std = f.get('initializer_range', float, 0.02)
   return ModelConfig(
     vocab_size=f.get('vocab_size', int),

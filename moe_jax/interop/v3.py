@@ -35,7 +35,11 @@ COPIES = (
 
 
 def scopes(cfg: ModelConfig, style: str) -> list[Scope]:
-  attention = mla_rules(cfg)
+  return scopes_with(mla_rules(cfg), cfg, style)
+
+
+def scopes_with(attention: tuple[Rule, ...], cfg: ModelConfig, style: str) -> list[Scope]:
+  """A V3 model of any attention, its prediction modules included."""
   found = decoder_scopes(cfg, style, attention=attention, bias=BIAS)
   kind = mtp.layer(cfg).feed_forward
   rules = layer_rules(cfg, kind, style, attention=attention, bias=BIAS)
@@ -68,7 +72,7 @@ def left_out(cfg: ModelConfig, name: str) -> str:
   return moe_16b.left_out(cfg, name)
 
 
-def read_config(f: Fields) -> ModelConfig:
+def read_config(f: Fields, layer_type: str = 'full_attention') -> ModelConfig:
   f.must('scoring_func', 'sigmoid')
   f.must('topk_method', 'noaux_tc')
   f.must('rope_interleave', True)
@@ -82,7 +86,7 @@ def read_config(f: Fields) -> ModelConfig:
     **read_experts(f),
   )
   parts = dict(mla=read_mla(f), moe=moe, rope=read_rope(f), mtp=ahead.read_modules(f))
-  return read_decoder(f, attention='mla', **parts)
+  return read_decoder(f, layer_type, attention='mla', **parts)
 
 
 def write_config(cfg: ModelConfig) -> dict[str, Any]:

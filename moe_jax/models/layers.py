@@ -7,7 +7,7 @@ from jax import P
 
 from moe_jax import sharding as sh
 from moe_jax.ops.experts import swiglu
-from moe_jax.ops.norm import rms_norm
+from moe_jax.ops.norm import layer_norm, rms_norm
 from moe_jax.precision import Policy
 
 # B batch  S sequence  D model  F width
@@ -41,6 +41,17 @@ class RMSNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     ones = lambda key: jnp.ones((x.shape[-1],), jnp.float32, out_sharding=sh.VECTOR)
     return rms_norm(x, self.param('weight_D', ones), eps=self.eps)
+
+
+class LayerNorm(nn.Module):
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape, spec = (x.shape[-1],), sh.VECTOR
+    ones = lambda key: jnp.ones(shape, jnp.float32, out_sharding=spec)
+    zeros = lambda key: jnp.zeros(shape, jnp.float32, out_sharding=spec)
+    return layer_norm(x, self.param('weight_D', ones), self.param('bias_D', zeros), eps=self.eps)
 
 
 class FeedForward(nn.Module):

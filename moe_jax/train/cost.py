@@ -97,6 +97,18 @@ def _score_work(cfg: ModelConfig, kind: str, length: int) -> float:
         entries = _mean_keys(length, c.index_top_k * c.csa_ratio) / c.csa_ratio
       index = c.num_index_heads * c.d_index * every / c.csa_ratio
       return index + width * (_mean_keys(length, c.window) + entries)
+    case 'dsa':
+      index = cfg.dsa.num_index_heads * cfg.dsa.d_index * every
+      sparse = cfg.dsa.stage == 'sparse'
+      return index + width * (_mean_keys(length, cfg.dsa.index_top_k) if sparse else every)
+    case 'nsa':
+      n = cfg.nsa
+      chosen = _mean_keys(length, n.top_blocks * n.select_length)
+      return width * (every / n.compress_stride + chosen + _mean_keys(length, n.window))
+    case 'moba':
+      b = cfg.moba
+      means = b.num_heads * b.d_head * every / b.block_size
+      return means + width * _mean_keys(length, (b.top_k + 1) * b.block_size)
   return width * every
 
 
@@ -108,8 +120,12 @@ def _mean_keys(length: int, most: int) -> float:
 def _score_width(cfg: ModelConfig, kind: str) -> int:
   """Multiply-adds of one query with one key and its value, over all heads."""
   match kind:
-    case 'mla':
-      return cfg.mla.num_heads * (cfg.mla.d_nope + cfg.mla.d_rope + cfg.mla.d_value)
+    case 'mla' | 'dsa':
+      c = cfg.mla if kind == 'mla' else cfg.dsa
+      return c.num_heads * (c.d_nope + c.d_rope + c.d_value)
+    case 'nsa' | 'moba':
+      c = cfg.nsa if kind == 'nsa' else cfg.moba
+      return c.num_heads * (c.d_head + c.d_value)
     case 'full':
       return cfg.full.num_heads * 2 * cfg.full.d_head
     case 'sliding' | 'csa' | 'hca':

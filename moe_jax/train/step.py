@@ -14,7 +14,7 @@ from moe_jax.models import mtp
 from moe_jax.models.attention import Where
 from moe_jax.models.decoder import Decoder, Output, head_DV
 from moe_jax.ops.cross_entropy import total_loss
-from moe_jax.optim import judge, schedule
+from moe_jax.optim import judge, schedule, trains
 from moe_jax.precision import policy
 from moe_jax.train.state import TrainState, make_model, make_optimizer
 
@@ -191,10 +191,16 @@ def unstack_bias(router: Any, bias_LE: jax.Array) -> Any:
   return new
 
 
+def _where_trained(cfg: RunConfig, new: Any, old: Any) -> Any:
+  trained = trains(cfg.optim.trainable, new)
+  return jax.tree.map(lambda t, a, b: a if t else b, trained, new, old)
+
+
 def make_train_step(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The step of a run: (state, batch) -> (state, metrics), ready for jit with the state donated.
 
-  A refused step (see optim.guard) changes nothing but the counters.
+  A refused step (see optim.guard) changes nothing but the counters. What `optim.trainable` leaves
+  out, selection biases included, stays as it is.
   """
   model, tx = make_model(cfg), make_optimizer(cfg)
   ideas = routing.choose(cfg.balance, cfg.routing)
@@ -202,6 +208,7 @@ def make_train_step(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[Train
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     seen, grads = loss_and_grads(cfg, model, state.params, state.router, batch)
+    grads = _where_trained(cfg, grads, jax.tree.map(jnp.zeros_like, grads))
     grad_norm = optax.tree.norm(grads)
     ok, guard = judge(state.guard, seen['loss'], grad_norm, cfg.guard)
     clip = jnp.minimum(1.0, cfg.optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
@@ -215,7 +222,7 @@ def make_train_step(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[Train
       bias_LE = stack_bias(router, seen['load_LE'].shape[-1])
       for idea in ideas:
         bias_LE = idea.update_bias(bias_LE, seen['load_LE'])
-      router = unstack_bias(router, bias_LE)
+      router = _where_trained(cfg, unstack_bias(router, bias_LE), router)
       metrics |= router_metrics(seen['load_LE'], seen['entropy_L'], bias_LE)
 
     proposed = (params, router, opt)

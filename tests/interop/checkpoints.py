@@ -24,6 +24,7 @@ V3 = V1 | MLA | dict(
   model_type='deepseek_v3', scoring_func='sigmoid', topk_method='noaux_tc', n_group=2, topk_group=1,
   norm_topk_prob=True, routed_scaling_factor=2.5, n_shared_experts=1,
 )  # fmt: skip
+V32 = V3 | dict(model_type='deepseek_v32', index_n_heads=8, index_head_dim=16, index_topk=5)
 YARN = dict(type='yarn', factor=40, original_max_position_embeddings=64, beta_fast=32, beta_slow=1)
 
 
@@ -62,5 +63,5 @@ def as_bfloat16(tensors):
   return {n: a if keep(n) else a.astype(ml_dtypes.bfloat16) for n, a in tensors.items()}
 
 
-__all__ = ['GOLDEN', 'INDEX', 'MLA', 'V1', 'V2', 'V3', 'YARN', 'as_bfloat16', 'contents', 'make',
+__all__ = ['GOLDEN', 'INDEX', 'MLA', 'V1', 'V2', 'V3', 'V32', 'YARN', 'as_bfloat16', 'contents', 'make',
            'random_tensors', 'write']  # fmt: skip

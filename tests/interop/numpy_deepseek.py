@@ -1,4 +1,4 @@
-"""DeepSeek V1 to V3 in NumPy float64, from a published config.json and tensors by published name.
+"""DeepSeek V1 to V3.2 in NumPy float64, from a published config.json and tensors by published name.
 
 Written from the papers and apart from moe_jax: it knows nothing of our names or layouts.
 """
@@ -8,6 +8,8 @@ import math
 import numpy as np
 
 # T tokens of one sequence  D model  H heads
+
+SIGMOID = ('deepseek_v3', 'deepseek_v32')  # the router's scores
 
 
 def tensor_shapes(c):
@@ -45,11 +47,19 @@ def tensor_shapes(c):
       shapes[attention + 'kv_a_layernorm.weight'] = (c['kv_lora_rank'],)
       shapes[attention + 'kv_b_proj.weight'] = (H * (n + v), c['kv_lora_rank'])
       shapes[attention + 'o_proj.weight'] = (D, H * v)
+      if 'index_topk' in c:
+        J, I = c['index_n_heads'], c['index_head_dim']
+        shapes[attention + 'indexer.wq_b.weight'] = (J * I, c['q_lora_rank'])
+        shapes[attention + 'indexer.wk.weight'] = (I, D)
+        shapes[attention + 'indexer.k_norm.weight'] = shapes[attention + 'indexer.k_norm.bias'] = (
+          I,
+        )
+        shapes[attention + 'indexer.weights_proj.weight'] = (J, D)
     if i < c['first_k_dense_replace']:
       mlp(layer + 'mlp.', c['intermediate_size'])
       continue
     shapes[layer + 'mlp.gate.weight'] = (c['n_routed_experts'], D)
-    if c['model_type'] == 'deepseek_v3':
+    if c['model_type'] in SIGMOID:
       shapes[layer + 'mlp.gate.e_score_correction_bias'] = (c['n_routed_experts'],)
     for e in range(c['n_routed_experts']):
       mlp(f'{layer}mlp.experts.{e}.', c['moe_intermediate_size'])
@@ -74,7 +84,9 @@ def _row(c, tensors, ids):
     layer = f'model.layers.{i}.'
     attend = _full_attention if c['model_type'] == 'deepseek' else _latent_attention
     h = _norm(x, w(layer + 'input_layernorm'), eps)
-    x = x + attend(c, lambda name, p=layer: w(f'{p}self_attn.{name}'), h)
+    own = lambda name, p=layer: w(f'{p}self_attn.{name}')
+    bias = tensors.get(f'{layer}self_attn.indexer.k_norm.bias')
+    x = x + attend(c, own, h, **({} if bias is None else {'index_bias': bias}))
     h = _norm(x, w(layer + 'post_attention_layernorm'), eps)
     if i < c['first_k_dense_replace']:
       x = x + _mlp(lambda name, p=layer: w(f'{p}mlp.{name}'), h)
@@ -95,7 +107,7 @@ def _mlp(w, x):
 
 def _moe(c, w, bias, x):
   logits, K = x @ w('gate').T, c['num_experts_per_tok']
-  if c['model_type'] == 'deepseek_v3':
+  if c['model_type'] in SIGMOID:
     score, best = 1 / (1 + np.exp(-logits)), 2
   else:
     score, best = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True), 1
@@ -116,10 +128,10 @@ def _moe(c, w, bias, x):
   return y
 
 
-def _attend(q, k, v, scale):
-  """[T, H, .] each; causal."""
+def _attend(q, k, v, scale, seen=True):
+  """[T, H, .] each; causal, and no further than `seen` [T, T] lets."""
   score = np.einsum('thc,shc->hts', q, k) * scale
-  score = np.where(np.tri(len(q), dtype=bool), score, -np.inf)
+  score = np.where(np.tri(len(q), dtype=bool) & seen, score, -np.inf)
   p = np.exp(score - score.max(-1, keepdims=True))
   return np.einsum('hts,shv->thv', p / p.sum(-1, keepdims=True), v).reshape(len(q), -1)
 
@@ -137,11 +149,12 @@ def _full_attention(c, w, x):
   return _attend(rotate(q), rotate(k), v, C**-0.5) @ w('o_proj').T
 
 
-def _latent_attention(c, w, x):
+def _latent_attention(c, w, x, index_bias=None):
   T, H, N = len(x), c['num_attention_heads'], c['qk_nope_head_dim']
   C, R = c['qk_rope_head_dim'], c['kv_lora_rank']
   if c['q_lora_rank']:
-    q = _norm(x @ w('q_a_proj').T, w('q_a_layernorm'), 1e-6) @ w('q_b_proj').T
+    c_q = _norm(x @ w('q_a_proj').T, w('q_a_layernorm'), 1e-6)
+    q = c_q @ w('q_b_proj').T
   else:
     q = x @ w('q_proj').T
   q = q.reshape(T, H, N + C)
@@ -157,7 +170,29 @@ def _latent_attention(c, w, x):
   q = np.concatenate([q[..., :N], rotate(q[..., N:])], -1)
   k_rope = np.broadcast_to(rotate(k_rope[:, None]), (T, H, C))
   k = np.concatenate([kv[..., :N], k_rope], -1)
-  return _attend(q, k, kv[..., N:], (N + C) ** -0.5 * softmax) @ w('o_proj').T
+  seen = True if index_bias is None else _indexed(c, w, x, c_q, index_bias, turn)
+  return _attend(q, k, kv[..., N:], (N + C) ** -0.5 * softmax, seen) @ w('o_proj').T
+
+
+def _indexed(c, w, x, c_q, bias, turn):
+  """Which keys each query sees: the index_topk of the highest index scores."""
+  T, J, C = len(x), c['index_n_heads'], c['qk_rope_head_dim']
+  k = x @ w('indexer.wk').T
+  k = k - k.mean(-1, keepdims=True)
+  k = k / np.sqrt((k * k).mean(-1, keepdims=True) + 1e-6) * w('indexer.k_norm') + bias
+
+  def rotate(a):
+    z = (a[..., : C // 2] + 1j * a[..., C // 2 : C]) * turn
+    return np.concatenate([z.real, z.imag, a[..., C:]], -1)
+
+  q = rotate((c_q @ w('indexer.wq_b').T).reshape(T, J, -1))
+  dot = np.maximum(np.einsum('tji,si->tsj', q, rotate(k[:, None])[:, 0]), 0)
+  score = np.einsum('tsj,tj->ts', dot, x @ w('indexer.weights_proj').T)
+  seen = np.zeros((T, T), bool)
+  for t in range(T):
+    order = np.argsort(-score[t, : t + 1], kind='stable')  # of equal scores, the earliest
+    seen[t, order[: c['index_topk']]] = True
+  return seen
 
 
 def _frequencies(c, width):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_deepseek
 import pytest
-from checkpoints import GOLDEN, V1, V2, V3, YARN, make, random_tensors
+from checkpoints import GOLDEN, V1, V2, V3, V32, YARN, make, random_tensors
 
 from moe_jax import interop
 from moe_jax import sharding as sh
@@ -21,7 +21,7 @@ from moe_jax.precision import policy
 
 # the bar of the project: float32 against the published float32, logits and streams of order 1
 TOLERANCE = 1e-5
-CASES = ('moe16b', 'v2_lite', 'v2', 'v3')
+CASES = ('moe16b', 'v2_lite', 'v2', 'v3', 'v32')
 
 
 def streams(folder, ids):
@@ -104,6 +104,13 @@ OTHERS = {
     V3 | dict(rope_theta=None, rope_parameters=dict(
       rope_type='yarn', rope_theta=5000.0, factor=4, original_max_position_embeddings=32,
       mscale=1.0, mscale_all_dim=1.0)), 30),
+  'V3.2 with more keys than its indexer picks': (V32, 21),
+  'V3.2 with fewer keys than its indexer picks': (V32 | dict(index_topk=30), 21),
+  'V3.2 of one token': (V32, 1),
+  'V3.2 with YaRN, wide index heads and a coarse norm': (
+    V32 | dict(index_head_dim=22, index_n_heads=12, index_topk=11, rms_norm_eps=1e-2,
+               num_hidden_layers=4, rope_scaling=YARN | dict(mscale=1.0, mscale_all_dim=1.0)), 70),
+  'V3.2 with YaRN that scales cos and sin': (V32 | dict(rope_scaling=dict(YARN, factor=8)), 40),
 }  # fmt: skip
 
 

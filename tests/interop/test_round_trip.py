@@ -9,6 +9,7 @@ from checkpoints import (
   V1,
   V2,
   V3,
+  V32,
   as_bfloat16,
   contents,
   make,
@@ -21,7 +22,7 @@ from moe_jax import sharding as sh
 from moe_jax.interop.export_hf import export_hf
 from moe_jax.interop.import_hf import import_hf
 
-CASES = ('moe16b', 'v2_lite', 'v2', 'v3')
+CASES = ('moe16b', 'v2_lite', 'v2', 'v3', 'v32')
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -60,7 +61,7 @@ def test_packed_gate_rows_come_before_up_rows(tmp_path):
   assert contents(tmp_path / 'packed')[f'{prefix}gate_up_proj'][2] == np.stack(both).tobytes()
 
 
-@pytest.mark.parametrize('config', [V1, V2, V3], ids=['V1', 'V2', 'V3'])
+@pytest.mark.parametrize('config', [V1, V2, V3, V32], ids=['V1', 'V2', 'V3', 'V32'])
 def test_bfloat16_checkpoint_comes_back_in_bfloat16_bitwise(config, tmp_path):
   folder = write(tmp_path / 'a', config, as_bfloat16(random_tensors(config)))
   import_hf(folder, tmp_path / 'ours')
