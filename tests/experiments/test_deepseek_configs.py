@@ -89,4 +89,7 @@ def test_tiny_overfits_one_batch_alike_on_one_device_and_on_eight(name):
   eight = losses(name, (2, 4, 1))
   assert eight[-1] < 0.1 * eight[0]
   # sums in another order differ by 1e-7, which training doubles every few steps
-  np.testing.assert_allclose(eight[:20], one[:20], rtol=1e-3)
+  # ... and where it moves a key over an indexer's cut, that token sees another set of keys: equal
+  # to 1e-6 for the first ten steps, then measured 6e-3 apart at most
+  rtol = 2e-2 if name == 'v32' else 1e-3
+  np.testing.assert_allclose(eight[:20], one[:20], rtol=rtol)
