@@ -88,5 +88,7 @@ def test_tiny_overfits_one_batch_alike_on_one_device_and_on_eight(name):
   assert one[-1] < 0.1 * one[0]
   eight = losses(name, (2, 4, 1))
   assert eight[-1] < 0.1 * eight[0]
-  # sums in another order differ by 1e-7, until that turns one token to another expert: 2e-3 then
-  np.testing.assert_allclose(eight[:20], one[:20], rtol=1e-2)
+  # sums in another order differ by 1e-7, until that turns one token to another expert (2e-3 then)
+  # or moves a key over an indexer's cut (6e-3 at most was measured)
+  rtol = 2e-2 if name == 'v32' else 1e-2
+  np.testing.assert_allclose(eight[:20], one[:20], rtol=rtol)
