@@ -1,7 +1,9 @@
 """The two sizes of DeepSeek-V4: their parameters, and that their small versions learn."""
 
+import dataclasses
 import functools
 import importlib
+import json
 
 import jax
 import numpy as np
@@ -9,6 +11,8 @@ import pytest
 
 from moe_jax import config_io
 from moe_jax import sharding as sh
+from moe_jax.interop import families
+from moe_jax.interop.fields import Fields
 from moe_jax.interop.variables import one_device, target
 from moe_jax.models.grouping import group_layers
 from moe_jax.train import cost
@@ -31,6 +35,18 @@ def test_parameters_are_as_many_as_published(name):
     counts = cost.parameters(cfg, target(cfg)['params']).values()
   total, active = (sum(getattr(c, part) for c in counts) for part in ('total', 'active'))
   assert (f'{total / 1e9:.2f}', f'{active / 1e9:.2f}') == SIZES[name]
+
+
+@pytest.mark.parametrize('name', SIZES)
+def test_full_config_is_what_its_published_config_json_says(name, tmp_path):
+  cfg = config(name, 'full').model
+  family = families.for_model(cfg)
+  text = json.dumps({'model_type': family.MODEL_TYPE, **family.write_config(cfg)})
+  (tmp_path / 'config.json').write_text(text)
+  f = Fields(tmp_path / 'config.json')
+  back = families.by_type(f).read_config(f)
+  f.finish()
+  assert back == dataclasses.replace(cfg, remat='none', d_ff=back.d_ff)
 
 
 def test_repeating_layers_are_scanned():

@@ -3,7 +3,7 @@
 python -m experiments.run --config=experiments/configs/deepseek/v4_flash.py:tiny --workdir=runs/tiny
 
 The main model at the context that sparse attention was introduced with. The report grows the batch
-to 75.5M tokens, and the context from 4096 to 1,048,576, with dense attention for the first 1T of 32T
+to 75.5M tokens and the context from 4096 to 1,048,576, with dense attention for the first 1T of 32T
 tokens; here the batch is the largest throughout. Source: arXiv:2606.19348, section 4.2.
 """
 
@@ -78,10 +78,9 @@ def shrink(c: ml_collections.ConfigDict, kinds: tuple[str, ...]) -> None:
   c.model.remat = 'none'
   c.model.mhc.sinkhorn_iterations = 5
   # fewer index heads than 8 let several entries score exactly 0, and ties at the cut
-  c.model.compressed = dict(
-    num_heads=4, d_head=16, d_rope=8, q_rank=16, window=8, num_groups=2, group_rank=8, csa_ratio=4,
-    hca_ratio=8, num_index_heads=8, d_index=16, index_top_k=4,
-    rope=dict(yarn_original_length=64),
+  c.model.compressed.update(
+    num_heads=4, d_head=16, q_rank=16, window=8, num_groups=2, group_rank=8, d_rope=8,
+    hca_ratio=8, num_index_heads=8, d_index=16, index_top_k=4, rope=dict(yarn_original_length=64),
   )  # fmt: skip
   c.model.moe.num_experts = 8
   c.model.moe.top_k = 2
