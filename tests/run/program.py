@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name('tiny.py')
 ONE_DEVICE = (1, 1, 1)
 # ml_collections 1.1.0 loads config files by it
-DEPRECATED = 'ignore:the load_module() method is deprecated:DeprecationWarning'
+DEPRECATED = 'ignore:the load_module:DeprecationWarning'
 
 
 class Result(NamedTuple):
