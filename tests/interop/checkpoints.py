@@ -63,5 +63,6 @@ def as_bfloat16(tensors):
   return {n: a if keep(n) else a.astype(ml_dtypes.bfloat16) for n, a in tensors.items()}
 
 
-__all__ = ['GOLDEN', 'INDEX', 'MLA', 'V1', 'V2', 'V3', 'V32', 'YARN', 'as_bfloat16', 'contents', 'make',
+__all__ = ['GOLDEN', 'INDEX', 'MLA', 'V1', 'V2', 'V3', 'V32', 'YARN', 'as_bfloat16', 'contents',
+           'make',
            'random_tensors', 'write']  # fmt: skip

@@ -86,7 +86,7 @@ def logits(cfg: ModelConfig, variables, ids, segment=None, position=None) -> np.
 
 
 def decoded(cfg: ModelConfig, variables, ids: np.ndarray, *, prompts: list[int], room: int):
-  """Yields, for each prompt, logits of all tokens: the prompt read at once, the others one by one."""
+  """Yields logits of all tokens, for each prompt: it is read at once, the others one by one."""
   step = jax.jit(functools.partial(extend, Decoder(cfg, POLICY)))
   for prompt in prompts:
     session = open_session(Decoder(cfg, POLICY), rows=ids.shape[0], length=room)
