@@ -68,27 +68,38 @@ class Seen(NamedTuple):
 
 
 def on_mesh(mesh, function, *arguments):
-  """Calls `function` under jit with the test's batch, split over the mesh."""
+  """Calls a jitted `function` with the test's batch, split over the mesh."""
   with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):
     batch = {
       name: jax.device_put(a, jax.NamedSharding(mesh, sh.TOKENS))
       for name, a in make_batch().items()
     }
-    return jax.jit(function)(*arguments, batch)
+    return function(*arguments, batch)
 
 
-def make_state(cfg, mesh, *, crowd=None):
-  """A fresh state; `crowd` names experts whose selection bias draws every token."""
+@functools.cache
+def created(shape):
+  """A fresh state, drawn on a mesh."""
+  with jax.set_mesh(sh.make_mesh(shape)):
+    return jax.jit(functools.partial(create, make_cfg()))(jax.random.key(0))
+
+
+def make_state(shape, *, crowd=()):
+  """The state drawn on one device, placed on a mesh; the bias of a `crowd` draws every token."""
+  mesh = sh.make_mesh(shape)
   with jax.set_mesh(mesh):
-    state = jax.jit(functools.partial(create, cfg))(jax.random.key(0))
-  if crowd is None:
-    return state
+    target = jax.eval_shape(functools.partial(create, make_cfg()), jax.random.key(0))
+
+  def place(value, like):
+    spec = like.sharding.spec if like.sharding is not None else jax.P()
+    return jax.device_put(np.asarray(value), jax.NamedSharding(mesh, spec))
 
   def favour(bias):
     values = np.zeros(bias.shape, np.float32)
-    values[..., crowd] = 10.0
+    values[..., list(crowd)] = 10.0
     return jax.device_put(values, bias.sharding)
 
+  state = jax.tree.map(place, created((1, 1, 1)), target)
   return state._replace(router=jax.tree.map(favour, state.router))
 
 
@@ -97,13 +108,13 @@ def compiled(shape, microbatches):
   mesh, cfg = sh.make_mesh(shape), make_cfg(microbatches)
   model = make_model(cfg)
   step = lambda params, router, batch: loss_and_grads(cfg, model, params, router, batch)
-  return mesh, cfg, jax.jit(step)
+  return mesh, jax.jit(step)
 
 
 @functools.cache
-def see(shape, microbatches=1, crowd=None) -> Seen:
-  mesh, cfg, step = compiled(shape, microbatches)
-  state = make_state(cfg, mesh, crowd=None if crowd is None else list(crowd))
+def see(shape, microbatches=1, crowd=()) -> Seen:
+  mesh, step = compiled(shape, microbatches)
+  state = make_state(shape, crowd=crowd)
   seen, grads = on_mesh(mesh, step, state.params, state.router)
   losses = {name: float(v) for name, v in seen.items() if name.endswith('loss')}
   assert losses['balance_loss'] > 0
@@ -162,8 +173,8 @@ def test_the_bias_moves_by_the_counts_of_every_micro_batch_and_device():
   cases = {(1, 1, 1): 1, (2, 4, 1): 2}
   biases = []
   for shape, microbatches in cases.items():
-    mesh, cfg = sh.make_mesh(shape), make_cfg(microbatches)
-    new, metrics = on_mesh(mesh, make_train_step(cfg), make_state(cfg, mesh))
+    mesh, step = sh.make_mesh(shape), jax.jit(make_train_step(make_cfg(microbatches)))
+    new, metrics = on_mesh(mesh, step, make_state(shape))
     with jax.set_mesh(mesh):
       biases.append(np.asarray(stack_bias(new.router)))
     assert metrics['guard/skipped'] == 0
@@ -174,14 +185,14 @@ def test_the_bias_moves_by_the_counts_of_every_micro_batch_and_device():
 
 
 def test_every_mesh_starts_from_the_same_parameters():
-  states = [make_state(make_cfg(), sh.make_mesh(shape)) for shape in ((1, 1, 1), (2, 2, 2))]
+  states = [created(shape) for shape in ((1, 1, 1), (2, 2, 2))]
   one, many = ([np.asarray(leaf) for leaf in jax.tree.leaves(s)] for s in states)
   for a, b in zip(one, many, strict=True):
     np.testing.assert_array_equal(a, b)
 
 
 def test_each_device_holds_its_share_of_the_parameters():
-  params = make_state(make_cfg(), sh.make_mesh((2, 2, 2))).params
+  params = created((2, 2, 2)).params
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = path[-1].key
     whole = 1 if name == 'weight_D' else 2 if name in WIDTH_WHOLE else 4
