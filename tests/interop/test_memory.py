@@ -48,5 +48,5 @@ def test_400_megabytes_convert_both_ways_within_two_shards(tmp_path):
     check=True,
   )
   imported, exported = map(int, run.stdout.split())
-  assert max(imported, exported) < 2 * SHARD
+  assert max(imported, exported) < 2 * SHARD, (imported, exported)
   assert contents(tmp_path / 'back') == contents(large)
