@@ -92,7 +92,7 @@ def read_config(f: Fields) -> ModelConfig:
   return read_decoder(f, attention='full', full=attention, moe=moe, rope=rope)
 
 
-def read_experts(f: Fields) -> dict[str, int]:
+def read_experts(f: Fields) -> dict[str, Any]:
   return dict(
     num_experts=f.get('n_routed_experts', int),
     top_k=f.get('num_experts_per_tok', int),

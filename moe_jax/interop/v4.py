@@ -191,14 +191,13 @@ def read_config(f: Fields) -> ModelConfig:
   ):  # fmt: skip
     f.must(name, only)
   f.ignore('num_nextn_predict_layers')
-  experts: dict[str, Any] = read_experts(f)
   moe = MoEConfig(
     score='sqrt_softplus',
     normalize_weights=f.get('norm_topk_prob', bool, True),
     weight_scale=f.get('routed_scaling_factor', float, 1.0),
     num_hash_layers=_read_num_hash_layers(f, num_layers),
     swiglu_limit=f.get('swiglu_limit', float, 0.0),
-    **experts,
+    **read_experts(f),
   )
   std = f.get('initializer_range', float, 0.02)
   return ModelConfig(
