@@ -165,19 +165,19 @@ class ModelConfig:
     one_of(self, 'model', 'residual', RESIDUAL_KINDS)
     one_of(self, 'model', 'remat', REMAT)
     require(
+      0 <= self.num_dense_layers <= self.num_layers,
+      'model.num_dense_layers',
+      self.num_dense_layers,
+      f'must lie in [0, num_layers={self.num_layers}]',
+      'Lower it or add layers.',
+    )
+    require(
       self.num_dense_layers + self.moe.num_hash_layers <= self.num_layers,
       'model.moe.num_hash_layers',
       self.moe.num_hash_layers,
       f'exceeds the layers with experts: num_layers={self.num_layers} less '
       f'num_dense_layers={self.num_dense_layers}',
       'Lower it.',
-    )
-    require(
-      0 <= self.num_dense_layers <= self.num_layers,
-      'model.num_dense_layers',
-      self.num_dense_layers,
-      f'must lie in [0, num_layers={self.num_layers}]',
-      'Lower it or add layers.',
     )
 
   @property

@@ -223,7 +223,7 @@ def read_config(f: Fields) -> ModelConfig:
     weight_scale=f.get('routed_scaling_factor', float, 1.0),
     num_hash_layers=_read_num_hash_layers(f, num_layers),
     swiglu_limit=f.get('swiglu_limit', float, 0.0),
-    **experts,
+    **read_experts(f),
   )
   std = f.get('initializer_range', float, 0.02)
   return ModelConfig(
