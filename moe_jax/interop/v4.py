@@ -216,7 +216,6 @@ def read_config(f: Fields) -> ModelConfig:
     ('topk_method', 'noaux_tc'),
   ):  # fmt: skip
     f.must(name, only)
-  experts: dict[str, Any] = read_experts(f)
   moe = MoEConfig(
     score='sqrt_softplus',
     normalize_weights=f.get('norm_topk_prob', bool, True),
