@@ -23,10 +23,13 @@ from experiments import flags as config_flags
 from experiments.screen import Card, Component, Progress, make_console, print_card
 from moe_jax import config_io, routing
 from moe_jax import sharding as sh
+from moe_jax.analysis.human import count
 from moe_jax.analysis.report import write_report
 from moe_jax.config import RunConfig
 from moe_jax.data.pipeline import RowSource
 from moe_jax.infer.decode import generate
+from moe_jax.interop.api import open_for
+from moe_jax.interop.variables import materialize
 from moe_jax.train import cost, loop
 from moe_jax.train.checkpoint import CheckpointError
 from moe_jax.train.metrics import read_metrics
@@ -48,6 +51,9 @@ def run(cfg: RunConfig, path: str, *, overrides: Sequence[str] = (), command: st
     WorkdirError, CheckpointError, OSError: the workdir cannot be used.
   """
   routing.choose(cfg.balance, cfg.routing)
+  initial = None
+  if cfg.init_from:
+    initial = functools.partial(materialize, open_for(cfg.model, cfg.init_from))
   mesh = sh.make_mesh(cfg.check_mesh(jax.device_count()))
   sources = functools.cache(functools.partial(_source, cfg))
   vocabulary = sources('train').tokenizer.vocab_size
@@ -67,7 +73,7 @@ def run(cfg: RunConfig, path: str, *, overrides: Sequence[str] = (), command: st
     print_card(card, console=console)
     with Progress(cfg.steps, 0, console=console) as progress:
       try:
-        finished = loop.train(cfg, workdir, progress, sources=sources)
+        finished = loop.train(cfg, workdir, progress, sources=sources, initial=initial)
       except loop.GaveUp as e:
         if first:
           write_report(workdir.path)
@@ -111,17 +117,20 @@ def _source(cfg: RunConfig, split: str) -> RowSource:
 def _card(cfg: RunConfig, target: Any, overrides: Sequence[str]) -> Card:
   counts = cost.parameters(cfg.model, target.params)
   devices = jax.devices()
+  # its parameters are no part of a published total
+  num, extra = cfg.model.mtp.num_modules, counts.get('mtp')
+  ahead = {'multi-token modules': f'{num}, {count(extra.total)} more'} if extra else {}
   processes = f' in {jax.process_count()} processes' if jax.process_count() > 1 else ''
   return Card(
     title='moe_jax',
     overrides=list(overrides),
     devices=f'{len(devices)} x {devices[0].device_kind}{processes}',
     mesh=dict(jax.sharding.get_mesh().shape),
-    components=[Component(name, *count) for name, count in counts.items()],
+    components=[Component(name, *c) for name, c in counts.items() if name != 'mtp'],
     tokens_per_step=cfg.tokens_per_step,
     flops_per_token=cost.flops_per_token(cfg.model, target.params, cfg.data.sequence_length),
     bytes_per_device=cost.predicted_bytes(cfg, target),
-    facts={'precision': cfg.precision, 'balance': cfg.balance, 'steps': f'{cfg.steps:,}'},
+    facts={'precision': cfg.precision, 'balance': cfg.balance, 'steps': f'{cfg.steps:,}'} | ahead,
   )
 
 

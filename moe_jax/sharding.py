@@ -12,16 +12,18 @@ import jax
 from jax import P
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-# B batch  S sequence  D model  H heads  C head dim  F width  E experts  V vocabulary
+# B batch  S sequence  D model  J residual streams  G groups of heads  H heads  C head dim  F width
+# E experts  V vocabulary
 DATA, EXPERT, MODEL = 'data', 'expert', 'model'
 AXES = (DATA, EXPERT, MODEL)
 # sequences are shared by the data and the expert axis
 BATCH = (DATA, EXPERT)
 
-# activations: (B,), (B, S), (B, S, D), (B, S, H, C), (B, S, F), (B, S, V)
+# activations: (B,), (B, S), (B, S, D), (B, S, J, D), (B, S, H, C), (B, S, F), (B, S, V)
 BY_ROW = P(BATCH)
 TOKENS = P(BATCH, None)
 STREAM = P(BATCH, None, None)
+STREAMS = P(BATCH, None, None, None)
 HEADS = P(BATCH, None, MODEL, None)
 WIDE = P(BATCH, None, MODEL)
 
@@ -34,6 +36,13 @@ MATRIX_DF = P(DATA, MODEL)
 MATRIX_FD = P(MODEL, DATA)
 HEADS_DHC = P(DATA, MODEL, None)
 HEADS_HCD = P(MODEL, None, DATA)
+PER_HEAD = P(MODEL)
+GROUPS_GXR = P(MODEL, DATA, None)
+GROUPS_GRD = P(MODEL, None, DATA)
+STREAMS_JDX = P(None, DATA, None)
+# query heads by the key-value head that a group of them shares
+GROUPS_DGMC = P(DATA, MODEL, None, None)
+GROUPS_GMCD = P(MODEL, None, None, DATA)
 EXPERTS_ED2F = P(EXPERT, DATA, None, MODEL)
 EXPERTS_EFD = P(EXPERT, MODEL, DATA)
 

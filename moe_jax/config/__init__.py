@@ -4,14 +4,23 @@
 below it nothing reads a dictionary.
 """
 
+from moe_jax.config.attention import (
+  CompressedConfig,
+  DSAConfig,
+  FullAttentionConfig,
+  MLAConfig,
+  MoBAConfig,
+  NSAConfig,
+  RopeConfig,
+)
 from moe_jax.config.model import (
   ATTENTION_KINDS,
-  FullAttentionConfig,
+  COMPRESSED_KINDS,
   LayerKind,
-  MLAConfig,
+  MHCConfig,
   ModelConfig,
   MoEConfig,
-  RopeConfig,
+  MTPConfig,
 )
 from moe_jax.config.rules import require
 from moe_jax.config.run import (
@@ -23,6 +32,7 @@ from moe_jax.config.run import (
   GuardConfig,
   LogConfig,
   MeshConfig,
+  MuonConfig,
   OptimConfig,
   RunConfig,
   SampleConfig,
@@ -30,8 +40,11 @@ from moe_jax.config.run import (
 
 __all__ = [
   'ATTENTION_KINDS',
+  'COMPRESSED_KINDS',
   'PRECISIONS',
   'CheckpointConfig',
+  'CompressedConfig',
+  'DSAConfig',
   'DataConfig',
   'DomainConfig',
   'EvalConfig',
@@ -39,10 +52,15 @@ __all__ = [
   'GuardConfig',
   'LayerKind',
   'LogConfig',
+  'MHCConfig',
   'MLAConfig',
+  'MTPConfig',
   'MeshConfig',
+  'MoBAConfig',
   'MoEConfig',
   'ModelConfig',
+  'MuonConfig',
+  'NSAConfig',
   'OptimConfig',
   'RopeConfig',
   'RunConfig',

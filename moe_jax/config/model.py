@@ -1,77 +1,42 @@
 """The model: one definition for the family, as frozen dataclasses that refuse impossible values."""
 
 import dataclasses
+from typing import Any
 
+from moe_jax.config.attention import (
+  CompressedConfig,
+  DSAConfig,
+  FullAttentionConfig,
+  MLAConfig,
+  MoBAConfig,
+  NSAConfig,
+  RopeConfig,
+)
 from moe_jax.config.rules import not_negative, one_of, positive, require
 
-ATTENTION_KINDS = ('full', 'mla')
-SCORES = ('softmax', 'sigmoid')
+COMPRESSED_KINDS = ('sliding', 'csa', 'hca')  # these share the fields of `model.compressed`
+ATTENTION_KINDS = ('full', 'mla', 'dsa', 'nsa', 'moba', *COMPRESSED_KINDS)
+RESIDUAL_KINDS = ('plain', 'mhc')
+SCORES = ('softmax', 'sigmoid', 'sqrt_softplus')
 GROUP_SCORES = ('max', 'top2')
 REMAT = ('none', 'full', 'dots')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-  """Rotary embeddings; YaRN when `yarn_factor` is above 1. Source: arXiv:2309.00071."""
+class MHCConfig:
+  """Manifold-constrained hyper-connections: several residual streams, mixed at every site.
 
-  base: float = 10_000.0
-  yarn_factor: float = 1.0
-  yarn_original_length: int = 4096  # tokens the model was trained on before the extension
-  yarn_beta_fast: float = 32.0
-  yarn_beta_slow: float = 1.0
-  # softmax scale times (0.1 * this * ln(yarn_factor) + 1)^2
-  yarn_mscale_all_dim: float = 1.0
+  Source: arXiv:2606.19348, section 2.1.
+  """
 
-  def __post_init__(self):
-    positive(self, 'model.rope', 'base', 'yarn_original_length', 'yarn_beta_fast')
-    require(
-      self.yarn_factor >= 1,
-      'model.rope.yarn_factor',
-      self.yarn_factor,
-      'must be at least 1',
-      'Use 1 for plain rotary embeddings.',
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FullAttentionConfig:
-  """Multi-head attention with half-split rotary embeddings (DeepSeekMoE-16B)."""
-
-  num_heads: int = 4
-  d_head: int = 32
+  num_streams: int = 4
+  sinkhorn_iterations: int = 20
+  eps: float = 1e-6
+  init_scale: float = 0.01  # of what the streams themselves contribute to the mixing
 
   def __post_init__(self):
-    positive(self, 'model.full', 'num_heads', 'd_head')
-    require(
-      self.d_head % 2 == 0,
-      'model.full.d_head',
-      self.d_head,
-      'must be even: rotary embeddings turn pairs',
-      'Add or remove one.',
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MLAConfig:
-  """Multi-head latent attention (DeepSeek-V2, V3). Source: arXiv:2405.04434, section 2.1."""
-
-  num_heads: int = 4
-  d_nope: int = 32
-  d_rope: int = 16
-  d_value: int = 32
-  kv_rank: int = 64
-  q_rank: int = 0  # 0: queries straight from the input, as in V2-Lite
-
-  def __post_init__(self):
-    positive(self, 'model.mla', 'num_heads', 'd_nope', 'd_rope', 'd_value', 'kv_rank')
-    not_negative(self, 'model.mla', 'q_rank')
-    require(
-      self.d_rope % 2 == 0,
-      'model.mla.d_rope',
-      self.d_rope,
-      'must be even: rotary embeddings turn pairs',
-      'Add or remove one.',
-    )
+    positive(self, 'model.mhc', 'num_streams', 'sinkhorn_iterations', 'eps')
+    not_negative(self, 'model.mhc', 'init_scale')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,10 +53,12 @@ class MoEConfig:
   group_score: str = 'top2'
   normalize_weights: bool = True
   weight_scale: float = 1.0
+  num_hash_layers: int = 0  # the first layers with experts choose them by token id, from a table
+  swiglu_limit: float = 0.0  # clamp of every expert's gate and up values; 0: none
 
   def __post_init__(self):
     positive(self, 'model.moe', 'num_experts', 'top_k', 'd_expert', 'num_groups', 'top_groups')
-    not_negative(self, 'model.moe', 'num_shared')
+    not_negative(self, 'model.moe', 'num_shared', 'num_hash_layers', 'swiglu_limit')
     one_of(self, 'model.moe', 'score', SCORES)
     one_of(self, 'model.moe', 'group_score', GROUP_SCORES)
     E, K, G, M = self.num_experts, self.top_k, self.num_groups, self.top_groups
@@ -132,12 +99,23 @@ class MoEConfig:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MTPConfig:
+  """Multi-token prediction: modules that each look one token further. Source: arXiv:2412.19437."""
+
+  num_modules: int = 0  # 0: none; DeepSeek-V3 has 1
+  loss_weight: float = 0.3  # of the mean over modules; V3 goes on with 0.1 after 10T tokens
+
+  def __post_init__(self):
+    not_negative(self, 'model.mtp', 'num_modules', 'loss_weight')
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
   """What one decoder layer is made of; equal neighbours are scanned."""
 
   attention: str
-  feed_forward: str
+  feed_forward: str  # dense | moe | moe_hash
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,13 +129,20 @@ class ModelConfig:
   d_ff: int = 384  # width of the dense feed-forward
   attention: str = 'mla'  # of every layer
   attention_per_layer: tuple[str, ...] = ()  # or of each, in order
+  residual: str = 'plain'
   norm_eps: float = 1e-6
   init_std: float = 0.006
   remat: str = 'none'
   full: FullAttentionConfig = FullAttentionConfig()
   mla: MLAConfig = MLAConfig()
+  dsa: DSAConfig = DSAConfig()
+  nsa: NSAConfig = NSAConfig()
+  moba: MoBAConfig = MoBAConfig()
+  compressed: CompressedConfig = CompressedConfig()
+  mhc: MHCConfig = MHCConfig()
   moe: MoEConfig = MoEConfig()
   rope: RopeConfig = RopeConfig()
+  mtp: MTPConfig = MTPConfig()
 
   def __post_init__(self):
     positive(self, 'model', 'vocab_size', 'd_model', 'num_layers', 'd_ff', 'norm_eps', 'init_std')
@@ -177,6 +162,7 @@ class ModelConfig:
       f'must name one kind for each of num_layers={self.num_layers} layers, or be empty',
       'Leave it empty to use model.attention everywhere.',
     )
+    one_of(self, 'model', 'residual', RESIDUAL_KINDS)
     one_of(self, 'model', 'remat', REMAT)
     require(
       0 <= self.num_dense_layers <= self.num_layers,
@@ -185,11 +171,27 @@ class ModelConfig:
       f'must lie in [0, num_layers={self.num_layers}]',
       'Lower it or add layers.',
     )
+    require(
+      self.num_dense_layers + self.moe.num_hash_layers <= self.num_layers,
+      'model.moe.num_hash_layers',
+      self.moe.num_hash_layers,
+      f'exceeds the layers with experts: num_layers={self.num_layers} less '
+      f'num_dense_layers={self.num_dense_layers}',
+      'Lower it.',
+    )
 
   @property
   def layers(self) -> tuple[LayerKind, ...]:
     attention = self.attention_per_layer or (self.attention,) * self.num_layers
+    num_hash = self.num_dense_layers + self.moe.num_hash_layers
     return tuple(
-      LayerKind(kind, 'dense' if i < self.num_dense_layers else 'moe')
+      LayerKind(
+        kind,
+        'dense' if i < self.num_dense_layers else 'moe_hash' if i < num_hash else 'moe',
+      )
       for i, kind in enumerate(attention)
     )
+
+  def attention_config(self, kind: str) -> Any:
+    """The fields of an attention kind."""
+    return getattr(self, 'compressed' if kind in COMPRESSED_KINDS else kind)

@@ -4,21 +4,45 @@ A field's comment gives its unit; a rule that ties fields together stands in `__
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config.model import ModelConfig
+from moe_jax.config.model import COMPRESSED_KINDS, ModelConfig
 from moe_jax.config.rules import not_negative, one_of, positive, require
 
+OPTIMIZERS = ('adamw', 'muon')
 SCHEDULES = ('constant', 'steps', 'cosine', 'wsd')
 PRECISIONS = ('float32', 'bfloat16')
 TRACKERS = ('none', 'wandb', 'trackio')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-  """AdamW and its learning-rate schedule; defaults are DeepSeek-V3's."""
+class MuonConfig:
+  """What Muon adds to the fields of `optim`, read with optim.name='muon'; defaults are V4's."""
 
+  momentum: float = 0.95
+  update_rms: float = 0.18  # root mean square of a matrix's update, times the learning rate
+  dtype: str = 'float32'  # that Newton-Schulz multiplies in
+  adamw_eps: float = 1e-20  # instead of optim.eps, for what AdamW keeps
+
+  def __post_init__(self):
+    positive(self, 'optim.muon', 'update_rms', 'adamw_eps')
+    one_of(self, 'optim.muon', 'dtype', PRECISIONS)
+    require(
+      0 <= self.momentum < 1,
+      'optim.muon.momentum',
+      self.momentum,
+      'must lie in [0, 1)',
+      'It is a decay of averages.',
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+  """The optimizer and its learning-rate schedule; defaults are DeepSeek-V3's."""
+
+  name: str = 'adamw'  # or muon: Muon for matrices, AdamW for the rest
   lr_peak: float = 1e-3
   schedule: str = 'cosine'
   warmup_steps: int = 20
@@ -34,8 +58,12 @@ class OptimConfig:
   eps: float = 1e-8
   weight_decay: float = 0.1
   clip_norm: float = 1.0
+  muon: MuonConfig = MuonConfig()
+  # regular expression: what is trained has it in its path, such as 'indexer'; empty trains all
+  trainable: str = ''
 
   def __post_init__(self):
+    one_of(self, 'optim', 'name', OPTIMIZERS)
     positive(self, 'optim', 'lr_peak', 'eps', 'clip_norm', 'step_factor')
     not_negative(self, 'optim', 'warmup_steps', 'weight_decay', 'lr_end_fraction')
     one_of(self, 'optim', 'schedule', SCHEDULES)
@@ -51,6 +79,11 @@ class OptimConfig:
       'must lie in (0, 1]',
       'It is a share of the steps.',
     )
+    try:
+      re.compile(self.trainable)
+    except re.error as error:
+      rule = f'is no regular expression: {error}'
+      require(False, 'optim.trainable', self.trainable, rule, "Write a pattern such as 'indexer'.")
     ordered = all(
       a < b for a, b in zip((0, *self.step_fractions), (*self.step_fractions, 1), strict=True)
     )
@@ -235,6 +268,8 @@ class RunConfig:
   """A whole run. `balance` names ideas of moe_jax.routing joined by '+', `routing` their fields."""
 
   seed: int = 0
+  # folder to take parameters and selection biases from, of import_hf or Hugging Face; '': random
+  init_from: str = ''
   steps: int = 100
   microbatches: int = 1  # gradient accumulation: parts that a batch is computed in
   precision: str = 'float32'
@@ -260,6 +295,13 @@ class RunConfig:
       f'must divide data.batch_size={self.data.batch_size}',
       'Choose a divisor.',
     )
+    require(
+      self.model.mtp.num_modules < self.data.sequence_length,
+      'model.mtp.num_modules',
+      self.model.mtp.num_modules,
+      f'looks past the end of data.sequence_length={self.data.sequence_length} tokens',
+      'Lower it or lengthen the sequences.',
+    )
 
   @property
   def tokens_per_step(self) -> int:
@@ -278,7 +320,14 @@ class RunConfig:
       f'Use a multiple of {data * expert * self.microbatches}.',
     )
     kinds = {layer.attention for layer in m.layers}
-    sizes = {f'{kind}.num_heads': getattr(m, kind).num_heads for kind in sorted(kinds)} | {
+    groups = {'compressed' if kind in COMPRESSED_KINDS else kind for kind in kinds}
+    split = ('num_heads', 'num_kv_heads', 'num_index_heads', 'num_groups')
+    sizes = {
+      f'{group}.{name}': getattr(getattr(m, group), name)
+      for group in sorted(groups)
+      for name in split
+      if hasattr(getattr(m, group), name)
+    } | {
       'd_ff': m.d_ff,
       'vocab_size': m.vocab_size,
       'd_expert': m.moe.d_expert,

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 
 from moe_jax import sharding as sh
 from moe_jax.config import LayerKind, ModelConfig
+from moe_jax.models import mtp
 from moe_jax.models.attention import KINDS, Where
+from moe_jax.models.block import Block
 from moe_jax.models.grouping import group_layers
-from moe_jax.models.layers import FeedForward, RMSNorm, weight
-from moe_jax.models.moe import MoE
+from moe_jax.models.layers import RMSNorm, weight
+from moe_jax.models.residual import RESIDUALS
 from moe_jax.precision import Policy
 from moe_jax.routing import Idea
 
@@ -27,32 +29,8 @@ class Output(NamedTuple):
   hidden_BSD: jax.Array  # after the final norm
   aux: dict[str, jax.Array]  # what layers measured, by name: leading dim the layers that did
   cache: Any  # a list, one entry a layer group; None without a cache
-
-
-class Block(nn.Module):
-  """x + attention(norm(x)), then x + feed_forward(norm(x))."""
-
-  kind: LayerKind
-  cfg: ModelConfig
-  balance: tuple[Idea, ...]
-  policy: Policy
-
-  @nn.compact
-  def __call__(self, x_BSD: jax.Array, where: Where, cache: Any):
-    c, std = self.cfg, self.cfg.init_std
-    attention = KINDS[self.kind.attention](
-      getattr(c, self.kind.attention), c.rope, std, c.norm_eps, self.policy, name='attention'
-    )
-    y_BSD, cache, aux = attention(RMSNorm(c.norm_eps, name='attention_norm')(x_BSD), where, cache)
-    x_BSD += y_BSD
-    h_BSD = RMSNorm(c.norm_eps, name='feed_forward_norm')(x_BSD)
-    if self.kind.feed_forward == 'moe':
-      moe = MoE(c.moe, self.balance, std, self.policy, name='moe')
-      y_BSD, seen = moe(h_BSD, where)
-      aux |= seen
-    else:
-      y_BSD = FeedForward(c.d_ff, std, self.policy, name='dense')(h_BSD)
-    return x_BSD + y_BSD, cache, aux
+  # of each multi-token prediction module, after its norm; none when decoding
+  mtp_hidden: tuple[jax.Array, ...] = ()
 
 
 class Pattern(nn.Module):
@@ -62,16 +40,18 @@ class Pattern(nn.Module):
   cfg: ModelConfig
   balance: tuple[Idea, ...]
   policy: Policy
+  intermediates: bool = False
 
   @nn.compact
-  def __call__(self, x_BSD: jax.Array, caches: Any, where: Where):
+  def __call__(self, x: jax.Array, caches: Any, where: Where):
     new, aux = [], []
     for i, kind in enumerate(self.kinds):
       block = Block(kind, self.cfg, self.balance, self.policy, name=f'layer_{i}')
-      x_BSD, cache, seen = block(x_BSD, where, None if caches is None else caches[i])
+      entering = {'entering': x} if self.intermediates else {}
+      x, cache, seen = block(x, where, None if caches is None else caches[i])
       new.append(cache)
-      aux.append(seen)
-    return x_BSD, (None if caches is None else new, aux)
+      aux.append(seen | entering)
+    return x, (None if caches is None else new, aux)
 
 
 class Decoder(nn.Module):
@@ -86,13 +66,20 @@ class Decoder(nn.Module):
   balance: tuple[Idea, ...] = ()
 
   @nn.compact
-  def __call__(self, where: Where, cache: Any = None) -> Output:
-    """Args: `cache` from `empty_cache`, to decode; None to train."""
+  def __call__(self, where: Where, cache: Any = None, *, intermediates: bool = False) -> Output:
+    """Reads tokens.
+
+    Args:
+      cache: from `empty_cache`, to decode; None to train.
+      intermediates: also returns aux['entering'], the residual stream entering each layer, [L, B,
+        S, D] or [L, B, S, J, D].
+    """
     c, V, D = self.cfg, self.cfg.vocab_size, self.cfg.d_model
     embedding_VD = weight(self, 'embedding_VD', (V, D), sh.EMBEDDING_VD, std=c.init_std)
     weight(self, 'head_DV', (D, V), sh.HEAD_DV, std=c.init_std)
-    table_VD = jax.sharding.reshard(self.policy.cast(embedding_VD), jax.P(None, None))
-    x_BSD = table_VD.at[where.token_BS].get(out_sharding=sh.STREAM)
+    embedded_BSD = embed(embedding_VD, where.token_BS, self.policy)
+    residual = RESIDUALS[c.residual]
+    x = residual.enter(c, embedded_BSD)
 
     caches, aux = [], []
     for i, (kinds, repeats) in enumerate(group_layers(c.layers)):
@@ -105,12 +92,33 @@ class Decoder(nn.Module):
         split_rngs={'params': True},
         in_axes=cast(Any, (0, nn.broadcast)),
         length=repeats,
-      )(kinds, c, self.balance, self.policy, name=f'group_{i}')
-      x_BSD, (new, seen) = group(x_BSD, None if cache is None else cache[i], where)
+      )(kinds, c, self.balance, self.policy, intermediates, name=f'group_{i}')
+      x, (new, seen) = group(x, None if cache is None else cache[i], where)
       caches.append(new)
       aux.append(seen)
+    x_BSD = residual.leave(c, name='leave')(x)
     hidden_BSD = RMSNorm(c.norm_eps, name='final_norm')(x_BSD)
-    return Output(hidden_BSD, stack_layers(aux), None if cache is None else caches)
+    if cache is not None:
+      return Output(hidden_BSD, stack_layers(aux), caches)
+
+    module = mtp.MTP
+    if c.remat != 'none':
+      module = nn.remat(mtp.MTP, policy=_REMAT_POLICIES[c.remat])
+    previous, ahead = mtp.state_of(c, hidden_BSD, x), []
+    for k, name in enumerate(mtp.names(c), start=1):
+      out = module(c, self.balance, self.policy, name=name)(
+        previous, mtp.shift(embedded_BSD, k), mtp.look_ahead(where, k), None
+      )
+      previous = out.state
+      ahead.append(out.hidden_BSD)
+      aux.append([jax.tree.map(lambda a: a[None], out.aux)])
+    return Output(hidden_BSD, stack_layers(aux), None, tuple(ahead))
+
+
+def embed(embedding_VD: jax.Array, token_BS: jax.Array, policy: Policy) -> jax.Array:
+  """Rows of the stored table in compute precision, [B, S, D]."""
+  table_VD = jax.sharding.reshard(policy.cast(embedding_VD), jax.P(None, None))
+  return table_VD.at[token_BS].get(out_sharding=sh.STREAM)
 
 
 def head_DV(params: Any, policy: Policy) -> jax.Array:
@@ -139,7 +147,7 @@ def empty_cache(cfg: ModelConfig, *, batch: int, length: int, dtype: Any) -> lis
     layers = []
     for kind in kinds:
       make = KINDS[kind.attention].empty_cache
-      one = make(getattr(cfg, kind.attention), batch, length, dtype)
+      one = make(cfg.attention_config(kind.attention), batch, length, dtype)
       layers.append(jax.tree.map(lambda a: jnp.stack([a] * repeats), one))  # noqa: B023
     cache.append(layers)
   return cache

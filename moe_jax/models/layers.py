@@ -7,7 +7,7 @@ from jax import P
 
 from moe_jax import sharding as sh
 from moe_jax.ops.experts import swiglu
-from moe_jax.ops.norm import rms_norm
+from moe_jax.ops.norm import layer_norm, rms_norm
 from moe_jax.precision import Policy
 
 # B batch  S sequence  D model  F width
@@ -43,12 +43,24 @@ class RMSNorm(nn.Module):
     return rms_norm(x, self.param('weight_D', ones), eps=self.eps)
 
 
+class LayerNorm(nn.Module):
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape, spec = (x.shape[-1],), sh.VECTOR
+    ones = lambda key: jnp.ones(shape, jnp.float32, out_sharding=spec)
+    zeros = lambda key: jnp.zeros(shape, jnp.float32, out_sharding=spec)
+    return layer_norm(x, self.param('weight_D', ones), self.param('bias_D', zeros), eps=self.eps)
+
+
 class FeedForward(nn.Module):
   """down(silu(gate x) * up x). Source: arXiv:2002.05202."""
 
   d_ff: int
   std: float
   policy: Policy
+  swiglu_limit: float = 0.0  # see ops.experts.swiglu
 
   @nn.compact
   def __call__(self, x_BSD: jax.Array) -> jax.Array:
@@ -58,5 +70,5 @@ class FeedForward(nn.Module):
     down_FD = weight(self, 'down_FD', (F, D), sh.MATRIX_FD, std=self.std)
     gate_BSF = matmul('bsd,df->bsf', x_BSD, gate_DF, sh.MATRIX_DF, policy=self.policy)
     up_BSF = matmul('bsd,df->bsf', x_BSD, up_DF, sh.MATRIX_DF, policy=self.policy)
-    h_BSF = swiglu(gate_BSF, up_BSF)
+    h_BSF = swiglu(gate_BSF, up_BSF, limit=self.swiglu_limit)
     return matmul('bsf,fd->bsd', h_BSF, down_FD, sh.MATRIX_FD, policy=self.policy, out=sh.STREAM)

@@ -192,6 +192,33 @@ class Checkpointer:
     state = [arrays[name] for name in leaves]
     return Restored(found, jax.tree.unflatten(jax.tree.structure(target), state), record['meta'])
 
+  def newest(self) -> int | None:
+    """The newest step whose every byte is as written, None where no step was ever saved.
+
+    For one process; raises CheckpointError where no step is whole.
+    """
+    found = self._newest_whole(None)
+    return None if found < 0 else found
+
+  def read_leaf(self, step: int, name: str) -> np.ndarray:
+    """One leaf of a whole step, on the host: for readers that want little of a large state.
+
+    Args:
+      name: its path in the state, such as 'params.head_DV'.
+    """
+    described = digests.read(self._path(step))['leaves'].get(name)
+    if described is None:
+      raise CheckpointError(f'checkpoint {self._path(step)} has no leaf {name}.')
+    if 0 in described['shape']:
+      return np.zeros(described['shape'], described['dtype'])
+    one = ocp.args.PyTreeRestore(
+      item={name: np.zeros(())},
+      restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},
+      partial_restore=True,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      return reader.restore(self._path(step) / 'state', args=one)[name]
+
   def _commit(self, step: int, partial: Path, record: dict[str, Any]) -> None:
     """Runs in the background on every process, up to the complete step and the pruning."""
     try:

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from moe_jax import sharding as sh
 from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.models import mtp
 from moe_jax.ops.cross_entropy import CHUNK as LOSS_CHUNK
 from moe_jax.train.state import TrainState, make_model
-from moe_jax.train.step import mean_loss
+from moe_jax.train.step import count_targets, mean_loss
 
 
 class Count(NamedTuple):
@@ -24,6 +25,10 @@ _COMPONENTS = {
   'embedding_VD': 'embedding',
   'head_DV': 'output head',
   'attention': 'attention',
+  'indexer': 'indexer',
+  'attention_residual': 'hyper-connections',
+  'feed_forward_residual': 'hyper-connections',
+  'leave': 'hyper-connections',
   'dense': 'dense feed-forward',
   'shared': 'shared experts',
   'gate_up_ED2F': 'routed experts',
@@ -39,35 +44,92 @@ def _named_sizes(tree: Any) -> Iterator[tuple[list[str], int]]:
 
 
 def parameters(cfg: ModelConfig, params: Any) -> dict[str, Count]:
-  """Parameters by component; a token uses top_k of the routed experts, and all of the rest."""
+  """Parameters by component; a token uses top_k of the routed experts, and all of the rest.
+
+  All of multi-token prediction is one component, 'mtp': published totals leave it out, and so does
+  `published`.
+  """
   counts: dict[str, Count] = {}
   for path, size in _named_sizes(params):
     name = next((_COMPONENTS[key] for key in reversed(path) if key in _COMPONENTS), 'norms')
     active = size * cfg.moe.top_k // cfg.moe.num_experts if name == 'routed experts' else size
+    name = 'mtp' if path[0].startswith('mtp_') else name
     old = counts.get(name, Count(0, 0))
     counts[name] = Count(old.total + size, old.active + active)
   return counts
+
+
+def published(counts: dict[str, Count]) -> Count:
+  """The sum as model cards state it: without multi-token prediction."""
+  main = [count for name, count in counts.items() if name != 'mtp']
+  return Count(sum(c.total for c in main), sum(c.active for c in main))
 
 
 def flops_per_token(cfg: ModelConfig, params: Any, sequence_length: int) -> float:
   """Forward and backward, of the model's own operations: nothing recomputed, no padding.
 
   Two a multiply-add, three times the forward pass for both. Attention counts the causal half of its
-  scores; looking up the embedding is no arithmetic.
+  scores, and of sparse kinds only the keys attended to, whatever the implementation computes;
+  looking up the embedding is no arithmetic. Each module of multi-token prediction is one more layer
+  and one more use of the output head.
   """
   counts = parameters(cfg, params)
   weights = sum(c.active for name, c in counts.items() if name not in ('embedding', 'norms'))
-  scores = sum(_score_width(cfg, layer.attention) for layer in cfg.layers) * sequence_length / 2
+  ahead = cfg.mtp.num_modules
+  weights += ahead * counts['output head'].active
+  layers = [*cfg.layers, *[mtp.layer(cfg)] * ahead]
+  scores = sum(_score_work(cfg, layer.attention, sequence_length) for layer in layers)
   return 3 * 2 * (weights + scores)
+
+
+def _score_work(cfg: ModelConfig, kind: str, length: int) -> float:
+  """Multiply-adds of one query with its keys and their values, mean over a sequence, all heads."""
+  width, every = _score_width(cfg, kind), length / 2
+  c = cfg.compressed
+  match kind:
+    case 'sliding':
+      return width * _mean_keys(length, c.window)
+    case 'hca':
+      return width * (_mean_keys(length, c.window) + every / c.hca_ratio)
+    case 'csa':
+      entries = every / c.csa_ratio
+      if c.stage == 'sparse':
+        entries = _mean_keys(length, c.index_top_k * c.csa_ratio) / c.csa_ratio
+      index = c.num_index_heads * c.d_index * every / c.csa_ratio
+      return index + width * (_mean_keys(length, c.window) + entries)
+    case 'dsa':
+      index = cfg.dsa.num_index_heads * cfg.dsa.d_index * every
+      sparse = cfg.dsa.stage == 'sparse'
+      return index + width * (_mean_keys(length, cfg.dsa.index_top_k) if sparse else every)
+    case 'nsa':
+      n = cfg.nsa
+      chosen = _mean_keys(length, n.top_blocks * n.select_length)
+      return width * (every / n.compress_stride + chosen + _mean_keys(length, n.window))
+    case 'moba':
+      b = cfg.moba
+      means = b.num_heads * b.d_head * every / b.block_size
+      return means + width * _mean_keys(length, (b.top_k + 1) * b.block_size)
+  return width * every
+
+
+def _mean_keys(length: int, most: int) -> float:
+  """Keys a query attends to, mean over a sequence, where it attends to `most` of those before."""
+  return length / 2 if length <= most else most - most * most / (2 * length)
 
 
 def _score_width(cfg: ModelConfig, kind: str) -> int:
   """Multiply-adds of one query with one key and its value, over all heads."""
   match kind:
-    case 'mla':
-      return cfg.mla.num_heads * (cfg.mla.d_nope + cfg.mla.d_rope + cfg.mla.d_value)
+    case 'mla' | 'dsa':
+      c = cfg.mla if kind == 'mla' else cfg.dsa
+      return c.num_heads * (c.d_nope + c.d_rope + c.d_value)
+    case 'nsa' | 'moba':
+      c = cfg.nsa if kind == 'nsa' else cfg.moba
+      return c.num_heads * (c.d_head + c.d_value)
     case 'full':
       return cfg.full.num_heads * 2 * cfg.full.d_head
+    case 'sliding' | 'csa' | 'hca':
+      return cfg.compressed.num_heads * 2 * cfg.compressed.d_head
   raise ValueError(f'no cost is known for attention={kind!r}.')
 
 
@@ -109,7 +171,7 @@ def _kept_bytes(cfg: RunConfig, state: TrainState) -> int:
   def kept(params: Any, router: Any) -> Any:
     batch = {name: zeros(jnp.int32) for name in ('tokens', 'targets', 'segments', 'positions')}
     batch['loss_mask'] = zeros(jnp.bool_)
-    targets = batch['loss_mask'].sum()
+    targets = count_targets(cfg, batch)
     loss = lambda p: mean_loss(cfg, model, p, router, batch, num_targets=targets)
     return jax.vjp(loss, params, has_aux=True)[1]
 

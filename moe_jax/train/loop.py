@@ -77,11 +77,13 @@ def train(
   screen: Screen,
   *,
   sources: Callable[[str], RowSource],
+  initial: Callable[[], Any] | None = None,
 ) -> Finished:
   """Trains on the current mesh until `cfg.steps`, resuming from the newest good checkpoint.
 
   Args:
     sources: gives the rows of 'train' and of 'validation'.
+    initial: makes the variables that a fresh run starts from; None for random ones.
 
   Raises:
     GaveUp: after `guard.max_rollbacks` returns to a checkpoint the guard still refuses.
@@ -96,7 +98,7 @@ def train(
 
     metrics = stack.enter_context(contextlib.closing(_metrics(cfg, workdir, restored)))
     stop = stack.enter_context(StopSignal())
-    run = _Run(cfg, checkpoints, metrics, screen, sources, target)
+    run = _Run(cfg, checkpoints, metrics, screen, sources, target, initial)
     if restored is None:
       state = run.start()
     else:
@@ -129,7 +131,9 @@ class _Run:
     screen: Screen,
     sources: Callable[[str], RowSource],
     target: TrainState,
+    initial: Callable[[], Any] | None,
   ):
+    self.initial = initial
     self.cfg, self.checkpoints, self.metrics, self.screen = cfg, checkpoints, metrics, screen
     self.target = target
     self.source = sources('train')
@@ -139,6 +143,12 @@ class _Run:
   def start(self) -> TrainState:
     """A fresh state; its checkpoint means that there is always one to go back to."""
     state = jax.jit(functools.partial(create, self.cfg))(jax.random.key(self.cfg.seed))
+    if self.initial:
+      # the random ones go first, so that memory never holds both
+      state = state._replace(params=None, router=None)
+      variables = self.initial()
+      state = state._replace(params=variables['params'], router=variables.get('router', {}))
+      self.screen.note(f'parameters from {self.cfg.init_from}')
     self.report_evaluation(0, state)
     self.checkpoints.save(0, state)
     return state

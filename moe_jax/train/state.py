@@ -11,7 +11,7 @@ from moe_jax import sharding as sh
 from moe_jax.config import RunConfig
 from moe_jax.models.attention import Where
 from moe_jax.models.decoder import Decoder
-from moe_jax.optim import GuardState, adamw
+from moe_jax.optim import GuardState, optimizer
 from moe_jax.precision import policy
 
 
@@ -34,7 +34,16 @@ def make_model(cfg: RunConfig) -> Decoder:
 
 
 def make_optimizer(cfg: RunConfig) -> optax.GradientTransformation:
-  return adamw(cfg.optim, cfg.steps)
+  return optimizer(cfg.optim, cfg.steps)
+
+
+def init_variables(model: Decoder, key: jax.Array) -> Any:
+  """Random variables of a model on the current mesh: collections `params` and `router`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  rows = mesh.shape[sh.DATA] * mesh.shape[sh.EXPERT]
+  token_BS = jnp.zeros((rows, 2), jnp.int32, out_sharding=sh.TOKENS)
+  start_B = jnp.zeros((rows,), jnp.int32, out_sharding=sh.BY_ROW)
+  return model.init(key, Where(token_BS, token_BS, token_BS, start_B))
 
 
 def create(cfg: RunConfig, key: jax.Array) -> TrainState:
@@ -43,11 +52,7 @@ def create(cfg: RunConfig, key: jax.Array) -> TrainState:
   `jax.eval_shape(partial(create, cfg), key)` carries every shape, dtype and sharding: it is the
   restore target, the memory estimate and the only table of shardings.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  rows = mesh.shape[sh.DATA] * mesh.shape[sh.EXPERT]
-  token_BS = jnp.zeros((rows, 2), jnp.int32, out_sharding=sh.TOKENS)
-  start_B = jnp.zeros((rows,), jnp.int32, out_sharding=sh.BY_ROW)
-  variables = make_model(cfg).init(key, Where(token_BS, token_BS, token_BS, start_B))
+  variables = init_variables(make_model(cfg), key)
   params = variables['params']
   zero = jnp.zeros((), jnp.int32)
   return TrainState(

@@ -1,5 +1,6 @@
 """One training step and one evaluation step, as pure functions."""
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -9,10 +10,11 @@ import optax
 
 from moe_jax import routing
 from moe_jax.config import RunConfig
+from moe_jax.models import mtp
 from moe_jax.models.attention import Where
 from moe_jax.models.decoder import Decoder, Output, head_DV
 from moe_jax.ops.cross_entropy import total_loss
-from moe_jax.optim import judge, schedule
+from moe_jax.optim import judge, schedule, trains
 from moe_jax.precision import policy
 from moe_jax.train.state import TrainState, make_model, make_optimizer
 
@@ -44,22 +46,57 @@ def _split(batch: Batch, parts: int) -> Batch:
   return jax.tree.map(split, batch)
 
 
+def count_targets(cfg: RunConfig, batch: Batch) -> tuple[jax.Array, ...]:
+  """Valid targets: the model's, then those of each multi-token prediction module."""
+  ahead = range(1, cfg.model.mtp.num_modules + 1)
+  return (batch['loss_mask'].sum(), *(mtp.targets(batch, k)[1].sum() for k in ahead))
+
+
+def _mtp_loss(
+  cfg: RunConfig, params: Any, out: Output, part: Batch, num_targets: tuple[jax.Array, ...]
+) -> jax.Array:
+  """Mean over modules of the loss per valid target of that module, without its weight.
+
+  The paper divides every module's sum by the sequence's length; a mean over the targets that the
+  module has keeps the losses comparable where documents are short.
+  """
+  head = head_DV(params, policy(cfg.precision))
+  total = jnp.zeros((), jnp.float32)
+  for k, (hidden_BSD, num) in enumerate(zip(out.mtp_hidden, num_targets, strict=True), start=1):
+    total += total_loss(hidden_BSD, head, *mtp.targets(part, k)) / jnp.maximum(num, 1)
+  return total / len(num_targets)
+
+
 def mean_loss(
-  cfg: RunConfig, model: Decoder, params: Any, router: Any, part: Batch, *, num_targets: jax.Array
+  cfg: RunConfig,
+  model: Decoder,
+  params: Any,
+  router: Any,
+  part: Batch,
+  *,
+  num_targets: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, Metrics]:
   """What one micro-batch adds to the loss of its batch, and what was seen on the way.
 
+  To the language loss comes what layers report under names that end in `_loss`, summed over layers.
+
   Args:
-    num_targets: valid targets of the whole batch.
+    num_targets: of the whole batch, by `count_targets`.
   """
   total, out = _apply(model, params, router, part)
-  lm = total / jnp.maximum(num_targets, 1).astype(jnp.float32)
-  balance = jnp.zeros((), jnp.float32)
+  lm = total / jnp.maximum(num_targets[0], 1).astype(jnp.float32)
+  losses = {'balance_loss': jnp.zeros((), jnp.float32)}
+  for name, of_layer_L in out.aux.items():
+    if name.endswith('_loss'):
+      losses[name] = of_layer_L.sum() / cfg.microbatches
+  loss = sum(losses.values(), start=lm)
   seen: Metrics = {}
   if 'load_E' in out.aux:
-    balance = out.aux['balance_loss'].sum() / cfg.microbatches
     seen = {'load_LE': out.aux['load_E'], 'entropy_L': out.aux['entropy'] / cfg.microbatches}
-  return lm + balance, {'loss': lm + balance, 'lm_loss': lm, 'balance_loss': balance, **seen}
+  if cfg.model.mtp.num_modules:
+    losses['mtp_loss'] = _mtp_loss(cfg, params, out, part, num_targets[1:])
+    loss += cfg.model.mtp.loss_weight * losses['mtp_loss']
+  return loss, {'loss': loss, 'lm_loss': lm, **losses, **seen}
 
 
 def loss_and_grads(
@@ -67,10 +104,10 @@ def loss_and_grads(
 ) -> tuple[Metrics, Any]:
   """Losses, counts and gradients of a whole batch, computed in `cfg.microbatches` parts.
 
-  Token losses are averaged over the valid targets of the whole batch, balance losses over parts,
+  Token losses are averaged over the valid targets of the whole batch, layers' losses over parts,
   and `load_LE` counts every token of every part and device.
   """
-  num_targets = batch['loss_mask'].sum()
+  num_targets = count_targets(cfg, batch)
   parts = cfg.microbatches
 
   def loss_fn(params: Any, part: Batch):
@@ -109,33 +146,61 @@ def router_metrics(load_LE: jax.Array, entropy_L: jax.Array, bias_LE: jax.Array)
   }
 
 
-def stack_bias(router: Any) -> jax.Array:
-  """The biases of all layers as [L, E]: groups in order, repeats before pattern positions."""
-  groups = sorted(router, key=lambda name: int(name.split('_')[1]))
+def _layers(router: Any) -> list[tuple[str, list[str]]]:
+  """The names in `router`, in the order of the layers: [(group, layers of its pattern)], then the
+  multi-token prediction modules, whose one layer is called block."""
+  by_number = lambda name: int(name.rsplit('_', 1)[1])
+  groups = sorted((name for name in router if name.startswith('group_')), key=by_number)
+  ahead = sorted((name for name in router if name.startswith('mtp_')), key=by_number)
+  return [(g, sorted(router[g], key=by_number)) for g in groups] + [(m, ['block']) for m in ahead]
+
+
+def stack_bias(router: Any, num_experts: int) -> jax.Array:
+  """The biases of all layers as [L, E]: groups in order, repeats before pattern positions, then
+  multi-token prediction.
+
+  A hash-routed layer has no bias, and zeros here.
+  """
   stacked = []
-  for group in groups:
-    layers = sorted(router[group], key=lambda name: int(name.split('_')[1]))
-    bias = jnp.stack([router[group][name]['moe']['bias_E'] for name in layers], axis=1)
+  for group, layers in _layers(router):
+    bias = jnp.stack([_bias(router[group][name]['moe'], num_experts) for name in layers], axis=-2)
     stacked.append(bias.reshape(-1, bias.shape[-1]))
   return jnp.concatenate(stacked)
 
 
+def _bias(moe: Any, num_experts: int) -> jax.Array:
+  if 'bias_E' in moe:
+    return moe['bias_E']
+  return jnp.zeros((*moe['expert_VK'].shape[:-2], num_experts), jnp.float32)
+
+
 def unstack_bias(router: Any, bias_LE: jax.Array) -> Any:
-  """Inverse of `stack_bias`: the tree of `router` with the values of `bias_LE`."""
+  """Inverse of `stack_bias`: the tree of `router` with the values of `bias_LE`; tables stay."""
   new, at = {}, 0
-  for group in sorted(router, key=lambda name: int(name.split('_')[1])):
-    layers = sorted(router[group], key=lambda name: int(name.split('_')[1]))
-    repeats = router[group][layers[0]]['moe']['bias_E'].shape[0]
-    rows = bias_LE[at : at + repeats * len(layers)].reshape(repeats, len(layers), -1)
-    at += repeats * len(layers)
-    new[group] = {name: {'moe': {'bias_E': rows[:, i]}} for i, name in enumerate(layers)}
+  for group, layers in _layers(router):
+    lead = _bias(router[group][layers[0]]['moe'], bias_LE.shape[-1]).shape[:-1]
+    num = math.prod(lead) * len(layers)
+    rows = bias_LE[at : at + num].reshape(*lead, len(layers), -1)
+    at += num
+    new[group] = {
+      name: {'moe': {'bias_E': rows[..., i, :]}}
+      if 'bias_E' in router[group][name]['moe']
+      else router[group][name]
+      for i, name in enumerate(layers)
+    }
   return new
+
+
+def _where_trained(cfg: RunConfig, new: Any, old: Any) -> Any:
+  trained = trains(cfg.optim.trainable, new)
+  return jax.tree.map(lambda t, a, b: a if t else b, trained, new, old)
 
 
 def make_train_step(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The step of a run: (state, batch) -> (state, metrics), ready for jit with the state donated.
 
-  A refused step (see optim.guard) changes nothing but the counters.
+  A refused step (see optim.guard) changes nothing but the counters. What `optim.trainable` leaves
+  out, selection biases included, stays as it is.
   """
   model, tx = make_model(cfg), make_optimizer(cfg)
   ideas = routing.choose(cfg.balance, cfg.routing)
@@ -143,6 +208,7 @@ def make_train_step(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[Train
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     seen, grads = loss_and_grads(cfg, model, state.params, state.router, batch)
+    grads = _where_trained(cfg, grads, jax.tree.map(jnp.zeros_like, grads))
     grad_norm = optax.tree.norm(grads)
     ok, guard = judge(state.guard, seen['loss'], grad_norm, cfg.guard)
     clip = jnp.minimum(1.0, cfg.optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
@@ -150,13 +216,13 @@ def make_train_step(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[Train
     updates, opt = tx.update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
 
-    metrics = {f'train/{name}': seen[name] for name in ('loss', 'lm_loss', 'balance_loss')}
+    metrics = {f'train/{name}': seen[name] for name in seen if name.endswith('loss')}
     router = state.router
     if router:
-      bias_LE = stack_bias(router)
+      bias_LE = stack_bias(router, seen['load_LE'].shape[-1])
       for idea in ideas:
         bias_LE = idea.update_bias(bias_LE, seen['load_LE'])
-      router = unstack_bias(router, bias_LE)
+      router = _where_trained(cfg, unstack_bias(router, bias_LE), router)
       metrics |= router_metrics(seen['load_LE'], seen['entropy_L'], bias_LE)
 
     proposed = (params, router, opt)

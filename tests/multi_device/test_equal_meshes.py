@@ -177,7 +177,7 @@ def test_the_bias_moves_by_the_counts_of_every_micro_batch_and_device():
   load_LE = see((1, 1, 1)).load_LE
   step_LE = 1e-3 * np.sign(load_LE.mean(-1, keepdims=True) - load_LE)
   with jax.set_mesh(mesh):
-    np.testing.assert_allclose(stack_bias(new.router), step_LE, rtol=1e-6)
+    np.testing.assert_allclose(stack_bias(new.router, E), step_LE, rtol=1e-6)
 
 
 def test_every_mesh_starts_from_the_same_parameters():

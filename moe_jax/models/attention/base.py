@@ -5,12 +5,13 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from moe_jax import sharding as sh
 from moe_jax.config import RopeConfig
 from moe_jax.ops.rope import frequencies
 
 # B batch  S new tokens  T cached tokens  D model
 
-Cache = dict[str, jax.Array]
+Cache = dict[str, Any]  # arrays by name, nested where a kind has parts
 Aux = dict[str, jax.Array]  # scalars of one layer: losses, named *_loss, and measurements
 
 
@@ -24,6 +25,12 @@ class Where(NamedTuple):
   position_BS: jax.Array  # int32, within the document
   segment_BS: jax.Array  # int32 document number, 0 for padding
   start_B: jax.Array  # int32 tokens in the cache before the new ones
+
+
+def spread(where: Where) -> Where:
+  """Splits every part by row, as the stream is: what is mapped over rows must agree."""
+  split = lambda a: jax.sharding.reshard(a, sh.BY_ROW if a.ndim == 1 else sh.TOKENS)
+  return Where(*map(split, where))
 
 
 class Attention(Protocol):

@@ -40,9 +40,9 @@ class FullAttention(nn.Module):
       for name in ('q', 'k', 'v')
     )
     out_HCD = weight(self, 'out_HCD', (H, C, D), sh.HEADS_HCD, std=self.std)
-    freq = rope_frequencies(C, self.rope)
-    q_BSHC = rotate_half_split(q_BSHC, where.position_BS, freq)
-    k_BSHC = rotate_half_split(k_BSHC, where.position_BS, freq)
+    freq, magnitude = rope_frequencies(C, self.rope), self.rope.yarn_magnitude
+    q_BSHC = rotate_half_split(q_BSHC, where.position_BS, freq) * magnitude
+    k_BSHC = rotate_half_split(k_BSHC, where.position_BS, freq) * magnitude
     k_segment = q_segment = where.segment_BS
     if cache is not None:
       cache = append(cache, {'k_BTHC': k_BSHC, 'v_BTHC': v_BSHC}, where.start_B)

@@ -1,11 +1,11 @@
 """Dense causal attention that never crosses a document's border."""
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.ops.attention import chunked, cudnn, reference
 from moe_jax.ops.attention.reference import latent_attention, visible
 
-__all__ = ['attention', 'latent_attention', 'visible']
+__all__ = ['attention', 'latent_attention', 'masked_attention', 'visible']
 
 # B batch  S queries  T keys  H heads  C key width  V value width
 
@@ -58,4 +58,16 @@ def attention(
       f'implementation={implementation!r} is not one of {", ".join(IMPLEMENTATIONS)}.'
     )
   mask_BST = visible(q_segment_BS, k_segment_BT, start_B)
+  return reference.attention(q_BSHC, k_BTHC, v_BTHV, mask_BST, scale=scale)
+
+
+def masked_attention(
+  q_BSHC: Float[Array, 'B S H C'],
+  k_BTHC: Float[Array, 'B T H C'],
+  v_BTHV: Float[Array, 'B T H V'],
+  mask_BST: Bool[Array, 'B S T'],
+  *,
+  scale: float,
+) -> Float[Array, 'B S H V']:
+  """Attention over the keys that a mask names, at least one a query; makes scores of all pairs."""
   return reference.attention(q_BSHC, k_BTHC, v_BTHV, mask_BST, scale=scale)

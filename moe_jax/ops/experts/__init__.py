@@ -5,6 +5,8 @@ there, in buckets of fixed size moved by all_to_all. A bucket holds as many toke
 the only size that can never overflow; what a bucket does not fill is sent empty.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -22,7 +24,10 @@ from moe_jax.ops.permute import (
 # P devices on the expert axis
 
 
-def swiglu(gate: Array, up: Array) -> Array:
+def swiglu(gate: Array, up: Array, *, limit: float = 0.0) -> Array:
+  """silu(gate) * up; with a `limit`, gate is at most that, and up within plus and minus that."""
+  if limit:
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
   return jax.nn.silu(gate) * up
 
 
@@ -32,6 +37,8 @@ def expert_mlp(
   weight_BSK: Float[Array, 'B S K'],
   gate_up_ED2F: Float[Array, 'E D 2 F'],
   down_EFD: Float[Array, 'E F D'],
+  *,
+  swiglu_limit: float = 0.0,
 ) -> Float[Array, 'B S D']:
   """Weighted sum over each token's experts of down(silu(gate x) * up x), on the current mesh.
 
@@ -41,18 +48,19 @@ def expert_mlp(
     weight_BSK: float32 gate weights.
     gate_up_ED2F: stored shares, split as `sharding.EXPERTS_ED2F`; gathered over `data` here.
     down_EFD: likewise, `sharding.EXPERTS_EFD`.
+    swiglu_limit: clamp of gate and up values, see `swiglu`; 0 for none.
 
   Gradients reach x, the weights and both matrices.
   """
   body = jax.shard_map(
-    _on_device,
+    functools.partial(_on_device, limit=swiglu_limit),
     in_specs=(sh.STREAM, sh.STREAM, sh.STREAM, sh.EXPERTS_ED2F, sh.EXPERTS_EFD),
     out_specs=sh.STREAM,
   )
   return body(x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD)
 
 
-def _on_device(x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD):
+def _on_device(x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD, *, limit):
   gate_up_ED2F = jax.lax.all_gather(gate_up_ED2F, sh.DATA, axis=1, tiled=True)
   down_EFD = jax.lax.all_gather(down_EFD, sh.DATA, axis=2, tiled=True)
   D, K = x_BSD.shape[-1], expert_BSK.shape[-1]
@@ -62,13 +70,15 @@ def _on_device(x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD):
     for a in (x_BSD, expert_BSK, weight_BSK)
   )
   if jax.lax.axis_size(sh.EXPERT) == 1:
-    y_TD = _local_experts(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, rows=len(x_TD) * K)
+    y_TD = _local_experts(
+      x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, rows=len(x_TD) * K, limit=limit
+    )
   else:
-    y_TD = _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD)
+    y_TD = _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, limit=limit)
   return jax.lax.psum(y_TD, sh.MODEL).reshape(*x_BSD.shape[:2], D)
 
 
-def _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD):
+def _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, *, limit):
   """Sends tokens to the devices of their experts, computes there, and sums what comes back."""
   num_devices, local = jax.lax.axis_size(sh.EXPERT), gate_up_ED2F.shape[0]
   T, K = expert_TK.shape
@@ -92,7 +102,7 @@ def _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD):
   )
   y_RD = _local_experts(
     send(x_TD), local_RK, send(weight_TK), gate_up_ED2F, down_EFD,
-    rows=num_devices * T * min(K, local),
+    rows=num_devices * T * min(K, local), limit=limit,
   )  # fmt: skip
   back_RD = jax.lax.all_to_all(y_RD.reshape(num_devices, T, -1), sh.EXPERT, 0, 0).reshape(
     num_devices * T, -1
@@ -100,11 +110,12 @@ def _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD):
   return combine(back_RD, visits_TP.astype(jnp.float32), plan)
 
 
-def _local_experts(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, *, rows):
+def _local_experts(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, *, rows, limit):
   """Experts of this device for the tokens that are here; choice E means an expert elsewhere."""
   E, D, _, F = gate_up_ED2F.shape
   plan = sort_by_destination(expert_TK, num_destinations=E, num_rows=rows)
   x_RD = dispatch(x_TD, plan)
   h_R2F = grouped_matmul(x_RD, gate_up_ED2F.reshape(E, D, 2 * F), plan.size_E)
-  y_RD = grouped_matmul(swiglu(h_R2F[:, :F], h_R2F[:, F:]), down_EFD, plan.size_E)
+  h_RF = swiglu(h_R2F[:, :F], h_R2F[:, F:], limit=limit)
+  y_RD = grouped_matmul(h_RF, down_EFD, plan.size_E)
   return combine(y_RD, weight_TK, plan)

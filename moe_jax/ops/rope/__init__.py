@@ -1,6 +1,7 @@
 """Rotary position embeddings, both pair layouts of the family, with YaRN.
 
-MLA turns adjacent pairs (2i, 2i+1); DeepSeekMoE-16B turns half-split pairs (i, i + C/2).
+MLA turns adjacent pairs (2i, 2i+1), V4 those of a head's last channels; DeepSeekMoE-16B turns
+half-split pairs (i, i + C/2).
 """
 
 import math
@@ -73,3 +74,11 @@ def rotate_half_split(
   low, high = jnp.split(x_BSHC.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
   return turned.astype(x_BSHC.dtype)
+
+
+def rotate_last(
+  x_BSHC: Float[Array, 'B S H C'], position_BS: Int[Array, 'B S'], freq: np.ndarray
+) -> Float[Array, 'B S H C']:
+  """`rotate_adjacent` on the last 2 * len(freq) channels; negative positions turn back."""
+  still, turned = jnp.split(x_BSHC, [x_BSHC.shape[-1] - 2 * len(freq)], axis=-1)
+  return jnp.concatenate([still, rotate_adjacent(turned, position_BS, freq)], axis=-1)

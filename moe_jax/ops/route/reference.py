@@ -8,14 +8,19 @@ from jaxtyping import Array, Float, Int
 
 
 def scores(logits_E: Float[Array, '... E'], kind: str) -> Float[Array, '... E']:
-  """Affinity of a token for each expert, float32: `softmax` (V1, V2) or `sigmoid` (V3)."""
+  """Affinity of a token for each expert, float32.
+
+  `softmax` (V1, V2), `sigmoid` (V3) or `sqrt_softplus` (V4).
+  """
   logits_E = logits_E.astype(jnp.float32)
   match kind:
     case 'softmax':
       return jax.nn.softmax(logits_E, axis=-1)
     case 'sigmoid':
       return jax.nn.sigmoid(logits_E)
-  raise ValueError(f'score={kind!r} is not one of softmax, sigmoid.')
+    case 'sqrt_softplus':
+      return jnp.sqrt(jax.nn.softplus(logits_E))
+  raise ValueError(f'score={kind!r} is not one of softmax, sigmoid, sqrt_softplus.')
 
 
 def keep_top_groups(
@@ -57,7 +62,14 @@ def top_k_route(
     group_score=group_score,
   )
   _, expert_K = jax.lax.top_k(choice_E, k)
+  return expert_K, weigh(score_E, expert_K, normalize=normalize, scale=scale)
+
+
+def weigh(
+  score_E: Float[Array, '... E'], expert_K: Int[Array, '... k'], *, normalize: bool, scale: float
+) -> Float[Array, '... k']:
+  """Weights of the chosen experts: their scores, to sum to one if `normalize`, times `scale`."""
   weight_K = jnp.take_along_axis(score_E, expert_K, axis=-1)
   if normalize:
     weight_K = weight_K / (weight_K.sum(-1, keepdims=True) + 1e-20)
-  return expert_K, weight_K * scale
+  return weight_K * scale

@@ -1,0 +1,214 @@
+"""DeepSeek-V4's attention kinds: a sliding window, alone or with compressed entries behind it."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import sharding as sh
+from moe_jax.config import CompressedConfig, RopeConfig
+from moe_jax.models.attention.base import Aux, Cache, Where, rope_frequencies, spread
+from moe_jax.models.attention.compressor import Compressor
+from moe_jax.models.attention.entry_indexer import EntryIndexer
+from moe_jax.models.layers import RMSNorm, matmul, weight
+from moe_jax.ops.entry_index import index_loss, select_top_k
+from moe_jax.ops.norm import unit_rms
+from moe_jax.ops.rope import rotate_last
+from moe_jax.ops.sink_attention import entries_visible, sink_attention, window_visible
+from moe_jax.precision import Policy
+
+# B batch  S new tokens  W window  T window and new tokens  N entries  D model  Q query latent width
+# H heads  C head width  G groups of heads  X width of a group  R rank of its projection
+
+
+class Branch(NamedTuple):
+  """Compressed entries beside the window, and what they leave behind."""
+
+  entry_BNC: jax.Array
+  visible_BSN: jax.Array
+  cache: Cache  # empty without a cache
+  aux: Callable[[jax.Array], Aux]  # of the attention [B, S, N] that the entries got
+
+
+class Sliding(nn.Module):
+  """Attention of every head over one key, its value too, of each of the last `window` tokens.
+
+  Keys are turned by their position and therefore so is the output, which is turned back by the
+  query's. The output projection goes by groups of heads, through a low rank each.
+
+  Source: arXiv:2606.19348, section 2.2.
+  """
+
+  cfg: CompressedConfig
+  rope: RopeConfig
+  std: float
+  eps: float
+  policy: Policy
+
+  compressed: ClassVar[bool] = False
+
+  @nn.compact
+  def __call__(self, x_BSD: jax.Array, where: Where, cache: Cache | None):
+    c, D = self.cfg, x_BSD.shape[-1]
+    Q, H, C = c.q_rank, c.num_heads, c.d_head
+    where = spread(where)
+    freq = rope_frequencies(c.d_rope, c.rope if self.compressed else self.rope)
+    sink_H = self.param('sink_H', _zeros, (H,))
+
+    latent_BSQ = self._project('bsd,dq->bsq', x_BSD, 'q_down_DQ', (D, Q), sh.MATRIX_DX)
+    latent_BSQ = RMSNorm(self.eps, name='q_norm')(latent_BSQ)
+    q_BSHC = self._project('bsq,qhc->bshc', latent_BSQ, 'q_up_QHC', (Q, H, C), sh.HEADS_DHC)
+    q_BSHC = rotate_last(unit_rms(q_BSHC, eps=self.eps), where.position_BS, freq)
+    kv_BSC = self._project('bsd,dc->bsc', x_BSD, 'kv_DC', (D, C), sh.MATRIX_DX)
+    kv_BSC = RMSNorm(self.eps, name='kv_norm')(kv_BSC)
+    kv_BSC = rotate_last(kv_BSC[:, :, None], where.position_BS, freq)[:, :, 0]
+
+    if cache is not None:  # one document a row
+      where = where._replace(segment_BS=jnp.ones_like(where.segment_BS))
+    key_BTC, visible_BST = _window(kv_BSC, where, cache, window=c.window)
+    T = key_BTC.shape[1]
+    branch = self._branch(x_BSD, latent_BSQ, where, cache, freq)
+    if branch is not None:
+      key_BTC = jnp.concatenate([key_BTC, branch.entry_BNC], axis=1)
+      visible_BST = jnp.concatenate([visible_BST, branch.visible_BSN], axis=2)
+    o_BSHC, mass_BST = sink_attention(q_BSHC, key_BTC, sink_H, visible_BST, scale=C**-0.5)
+    y_BSD = self._out(rotate_last(o_BSHC, -where.position_BS, freq), D)
+    if cache is not None:
+      kept = key_BTC[:, T - c.window : T].astype(cache['window_BWC'].dtype)
+      cache = {'window_BWC': kept, **(branch.cache if branch else {})}
+    return y_BSD, cache, branch.aux(mass_BST[..., T:]) if branch else {}
+
+  def _branch(
+    self,
+    x_BSD: jax.Array,
+    latent_BSQ: jax.Array,
+    where: Where,
+    cache: Cache | None,
+    freq: np.ndarray,
+  ) -> Branch | None:
+    del x_BSD, latent_BSQ, where, cache, freq
+
+  def _project(
+    self, equation: str, x: jax.Array, name: str, shape: tuple[int, ...], spec: jax.P, **kwargs: Any
+  ) -> jax.Array:
+    w = weight(self, name, shape, spec, std=self.std)
+    return matmul(equation, x, w, spec, policy=self.policy, **kwargs)
+
+  def _out(self, o_BSHC: jax.Array, D: int) -> jax.Array:
+    (B, S, H, C), G, R = o_BSHC.shape, self.cfg.num_groups, self.cfg.group_rank
+    X = H // G * C
+    o_BSGX = jnp.reshape(o_BSHC, (B, S, G, X), out_sharding=sh.HEADS)
+    o_BSGR = self._project('bsgx,gxr->bsgr', o_BSGX, 'out_down_GXR', (G, X, R), sh.GROUPS_GXR)
+    return self._project(
+      'bsgr,grd->bsd', o_BSGR, 'out_up_GRD', (G, R, D), sh.GROUPS_GRD, out=sh.STREAM
+    )
+
+  @staticmethod
+  def empty_cache(cfg: CompressedConfig, batch: int, length: int, dtype: Any) -> Cache:
+    """The newest `window` keys, however long the row."""
+    del length
+    shape = (batch, cfg.window, cfg.d_head)
+    return {'window_BWC': jnp.zeros(shape, dtype, out_sharding=sh.STREAM)}
+
+
+class HCA(Sliding):
+  """Heavily compressed attention: the window and an entry for every `hca_ratio` tokens."""
+
+  compressed: ClassVar[bool] = True
+
+  def _branch(self, x_BSD, latent_BSQ, where, cache, freq) -> Branch:
+    c = self.cfg
+    compressor = Compressor(
+      c.d_head, c.hca_ratio, False, self.std, self.eps, self.policy, name='compressor'
+    )
+    entries, new = compressor(x_BSD, where, cache and cache['compressor'], freq=freq)
+    visible_BSN = entries_visible(
+      _index(where), entries.end_BN, where.segment_BS, entries.segment_BN
+    )
+    return Branch(entries.entry_BNC, visible_BSN, {'compressor': new} if new else {}, lambda _: {})
+
+  @staticmethod
+  def empty_cache(cfg: CompressedConfig, batch: int, length: int, dtype: Any) -> Cache:
+    """The window, and d_head numbers for every `hca_ratio` tokens."""
+    compressor = Compressor.empty_cache(
+      batch, length, dtype, width=cfg.d_head, ratio=cfg.hca_ratio, overlap=False
+    )
+    return Sliding.empty_cache(cfg, batch, length, dtype) | {'compressor': compressor}
+
+
+class CSA(Sliding):
+  """Compressed sparse attention: the window and, of an entry for every `csa_ratio` tokens, the
+  `index_top_k` that the indexer scores highest.
+
+  The indexer reads its input without passing gradients on, and the choice passes none to it: it
+  learns from `indexer_loss` alone, and the rest of the model from everything else.
+  """
+
+  compressed: ClassVar[bool] = True
+
+  def _branch(self, x_BSD, latent_BSQ, where, cache, freq) -> Branch:
+    c = self.cfg
+    compressor = Compressor(
+      c.d_head, c.csa_ratio, True, self.std, self.eps, self.policy, name='compressor'
+    )
+    entries, new = compressor(x_BSD, where, cache and cache['compressor'], freq=freq)
+    indexer = EntryIndexer(c, self.std, self.eps, self.policy, name='indexer')
+    score_BSN, new_indexer = indexer(
+      *jax.lax.stop_gradient((x_BSD, latent_BSQ)), where, cache and cache['indexer'], freq=freq
+    )
+    visible_BSN = entries_visible(
+      _index(where), entries.end_BN, where.segment_BS, entries.segment_BN
+    )
+    selected_BSN = visible_BSN
+    if c.stage == 'sparse':
+      selected_BSN = select_top_k(score_BSN, visible_BSN, k=c.index_top_k)
+
+    def aux(mass_BSN: jax.Array) -> Aux:
+      if cache is not None or not c.index_loss_weight:
+        return {}
+      loss = index_loss(score_BSN, mass_BSN, selected_BSN, where.segment_BS > 0)
+      return {'indexer_loss': c.index_loss_weight * loss}
+
+    caches = {'compressor': new, 'indexer': new_indexer} if new else {}
+    return Branch(entries.entry_BNC, selected_BSN, caches, aux)
+
+  @staticmethod
+  def empty_cache(cfg: CompressedConfig, batch: int, length: int, dtype: Any) -> Cache:
+    """The window, and d_head + d_index numbers for every `csa_ratio` tokens."""
+    sizes = {'compressor': cfg.d_head, 'indexer': cfg.d_index}
+    return Sliding.empty_cache(cfg, batch, length, dtype) | {
+      name: Compressor.empty_cache(
+        batch, length, dtype, width=width, ratio=cfg.csa_ratio, overlap=True
+      )
+      for name, width in sizes.items()
+    }
+
+
+def _index(where: Where) -> jax.Array:
+  """Index in the row of every new token."""
+  return where.start_B[:, None] + jnp.arange(where.token_BS.shape[1])
+
+
+def _window(
+  kv_BSC: jax.Array, where: Where, cache: Cache | None, *, window: int
+) -> tuple[jax.Array, jax.Array]:
+  """Keys of the cached window and of the new tokens, and which of them each query sees."""
+  q_index_BS = _index(where)
+  if cache is None:
+    visible_BSS = window_visible(
+      q_index_BS, q_index_BS, where.segment_BS, where.segment_BS, window=window
+    )
+    return kv_BSC, visible_BSS
+  key_BTC = jnp.concatenate([cache['window_BWC'].astype(kv_BSC.dtype), kv_BSC], axis=1)
+  k_index_BT = where.start_B[:, None] - window + jnp.arange(key_BTC.shape[1])
+  k_segment_BT = (k_index_BT >= 0).astype(jnp.int32)
+  return key_BTC, window_visible(
+    q_index_BS, k_index_BT, where.segment_BS, k_segment_BT, window=window
+  )
+
+
+def _zeros(_: Any, shape: tuple[int, ...]) -> jax.Array:
+  return jnp.zeros(shape, jnp.float32, out_sharding=sh.PER_HEAD)

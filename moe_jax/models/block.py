@@ -1,0 +1,51 @@
+"""One decoder layer."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from moe_jax.config import LayerKind, ModelConfig
+from moe_jax.models.attention import KINDS, Where
+from moe_jax.models.layers import FeedForward, RMSNorm
+from moe_jax.models.moe import MoE
+from moe_jax.models.residual import RESIDUALS
+from moe_jax.precision import Policy
+from moe_jax.routing import Idea
+
+# B batch  S sequence  J streams  D model
+
+
+class Block(nn.Module):
+  """Attention, then a feed-forward; each reads its normed input from the residual stream and
+  writes back to it: with a plain residual, x + attention(norm(x)), x + feed_forward(norm(x)).
+  """
+
+  kind: LayerKind
+  cfg: ModelConfig
+  balance: tuple[Idea, ...]
+  policy: Policy
+
+  @nn.compact
+  def __call__(self, x: jax.Array, where: Where, cache: Any):
+    """`x` is the residual stream [B, S, D], or [B, S, J, D] of several."""
+    c, std = self.cfg, self.cfg.init_std
+    site = RESIDUALS[c.residual].site
+    h_BSD, write = site(c, name='attention_residual')(x)
+    attention = KINDS[self.kind.attention](
+      c.attention_config(self.kind.attention), c.rope, std, c.norm_eps, self.policy,
+      name='attention',
+    )  # fmt: skip
+    y_BSD, cache, aux = attention(RMSNorm(c.norm_eps, name='attention_norm')(h_BSD), where, cache)
+    x = write(y_BSD)
+
+    h_BSD, write = site(c, name='feed_forward_residual')(x)
+    h_BSD = RMSNorm(c.norm_eps, name='feed_forward_norm')(h_BSD)
+    if self.kind.feed_forward == 'dense':
+      y_BSD = FeedForward(c.d_ff, std, self.policy, name='dense')(h_BSD)
+    else:
+      num_hash_ids = c.vocab_size if self.kind.feed_forward == 'moe_hash' else 0
+      moe = MoE(c.moe, self.balance, std, self.policy, num_hash_ids, name='moe')
+      y_BSD, seen = moe(h_BSD, where)
+      aux |= seen
+    return write(y_BSD), cache, aux
