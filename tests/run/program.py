@@ -45,31 +45,32 @@ class Program:
     own = [f'--config={CONFIG}', f'--workdir={workdir}', f'--config.data.cache_dir={self.tokens}']
     return [*start, *own, *args]
 
-  def env(self, *, devices: int = 1, reuse: bool = True) -> dict[str, str]:
+  def env(self, *, devices: int = 1, reuse: bool = True, keep: bool = True) -> dict[str, str]:
+    """Args: reuse what other runs compiled; keep what this one compiles."""
     flag = f'--xla_force_host_platform_device_count={devices}'
     env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flag, 'PYTHONPATH': str(ROOT)}
     if reuse:
       env |= {
         'JAX_COMPILATION_CACHE_DIR': str(self._compiled),
-        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0' if keep else '1e9',
       }
     return env
 
-  def start(self, workdir: Path, *args: str, devices: int = 1, reuse: bool = True):
-    """Starts the program; `reuse=False` compiles everything anew."""
+  def start(self, workdir: Path, *args: str, **env: Any) -> subprocess.Popen:
+    """Starts the program; further arguments are those of `env`."""
     return subprocess.Popen(
       self.command(workdir, *args),
       cwd=ROOT,
-      env=self.env(devices=devices, reuse=reuse),
+      env=self.env(**env),
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
     )
 
-  def run(self, workdir: Path, *args: str, devices: int = 1, reuse: bool = True) -> Result:
-    with self.start(workdir, *args, devices=devices, reuse=reuse) as process:
+  def run(self, workdir: Path, *args: str, **env: Any) -> Result:
+    with self.start(workdir, *args, **env) as process:
       try:
-        out, err = process.communicate(timeout=180)
+        out, err = process.communicate(timeout=300)
       finally:
         process.kill()
     return Result(process.returncode, out, err)

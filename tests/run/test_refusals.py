@@ -222,3 +222,12 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
   subprocess.run(['mount', '-o', 'remount,size=16m', str(small_disk)], check=True)
   result = program.run(small_disk / 'run', '--config.checkpoint.keep=12')
   assert result.code == 0, result.err
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_none_is_one_line(program, tmp_path):
+  result = program.run(tmp_path / 'run', '--distributed=auto')
+  assert (result.code, result.out) == (2, '')
+  [line] = result.err.splitlines()
+  assert line.startswith('error: ')
+  assert not (tmp_path / 'run').exists()

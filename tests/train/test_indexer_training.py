@@ -20,7 +20,7 @@ from moe_jax.config import (
 from moe_jax.models.attention import Where
 from moe_jax.optim import only, trains
 from moe_jax.train.state import create, make_model
-from moe_jax.train.step import make_train_step, mean_loss
+from moe_jax.train.step import count_targets, make_train_step, mean_loss
 
 ROWS, LENGTH, VOCABULARY, TOP_K = 8, 12, 40, 4
 SEGMENT = np.array([1] * 7 + [2] * 4 + [0])  # two documents and a padded place
@@ -77,7 +77,7 @@ def gradients(cfg: RunConfig) -> list[dict[str, jax.Array]]:
 
   @jax.jit
   def grads(params):
-    targets = batch['loss_mask'].sum()
+    targets = count_targets(cfg, batch)
     losses = lambda p: mean_loss(cfg, model, p, state.router, batch, num_targets=targets)[1]
     seen, pull = jax.vjp(lambda p: [losses(p)[n] for n in ('indexer_loss', 'lm_loss')], params)
     one, zero = jnp.ones_like(seen[0]), jnp.zeros_like(seen[0])
