@@ -1,6 +1,8 @@
 """Continues a text: python -m experiments.generate --workdir=FOLDER --prompt=TEXT
 
 Reads the newest good checkpoint and writes nothing, so it may look at a run that is going on.
+With --speculative --temperature=0, multi-token prediction drafts; the text is the same, and the
+share of drafts that the model accepted goes to stderr.
 """
 
 import sys
@@ -15,6 +17,7 @@ from moe_jax import sharding as sh
 from moe_jax.config import RunConfig
 from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.infer.decode import generate
+from moe_jax.infer.speculative import speculate
 from moe_jax.train import loop
 from moe_jax.train.checkpoint import Checkpointer, CheckpointError
 from moe_jax.train.state import make_model
@@ -30,11 +33,15 @@ def continue_text(
   top_p: float,
   seed: int = 0,
   step: int | None = None,
-) -> str:
+  speculative: bool = False,
+) -> tuple[str, float | None]:
   """Returns the text that the model of `workdir` writes behind `prompt`, on one device.
 
+  With it comes the share of drafts that were accepted, where `speculative`; that is greedy
+  decoding, whatever `temperature`, `top_p` and `seed`.
+
   Raises:
-    ValueError: the folder holds no run.
+    ValueError: the folder holds no run, or `speculative` and its model has nothing to draft with.
     CheckpointError: it holds no good checkpoint.
   """
   folder = Workdir(workdir)
@@ -48,17 +55,28 @@ def continue_text(
       raise CheckpointError(
         f'{folder.checkpoints} holds no checkpoint yet. Wait for the first, or choose another run.'
       )
-    ids = generate(
-      make_model(cfg),
-      {'params': restored.state.params, 'router': restored.state.router},
+    model = make_model(cfg)
+    variables = {'params': restored.state.params, 'router': restored.state.router}
+    start, stop_id, accepted = (
       tokenizer.encode(prompt) or [tokenizer.eos_id],
-      num_tokens=num_tokens,
-      temperature=temperature,
-      top_p=top_p,
-      seed=seed,
-      stop_id=tokenizer.eos_id,
+      tokenizer.eos_id,
+      None,
     )
-  return tokenizer.decode([i for i in ids if i < tokenizer.vocab_size and i != tokenizer.eos_id])
+    if speculative:
+      ids, accepted = speculate(model, variables, start, num_tokens, stop_id=stop_id)
+    else:
+      ids = generate(
+        model,
+        variables,
+        start,
+        num_tokens=num_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop_id=stop_id,
+      )
+  text = tokenizer.decode([i for i in ids if i < tokenizer.vocab_size and i != tokenizer.eos_id])
+  return text, accepted
 
 
 def main(argv: Sequence[str]) -> int:
@@ -74,6 +92,9 @@ def main(argv: Sequence[str]) -> int:
   top_p = define(flags.DEFINE_float, 'top_p', 0.95, 'Share of probability to draw from.')
   seed = define(flags.DEFINE_integer, 'seed', 0, 'Another seed writes another text.')
   step = define(flags.DEFINE_integer, 'step', None, 'Checkpoint to read; the newest by default.')
+  speculative = define(
+    flags.DEFINE_boolean, 'speculative', False, 'Draft by multi-token prediction; temperature 0.'
+  )
   if {'--help', '-h'} & set(argv):
     print(__doc__, values.get_help(), sep='\n')
     return 0
@@ -85,7 +106,12 @@ def main(argv: Sequence[str]) -> int:
       raise UsageError(f'--temperature={temperature.value} must not be negative.')
     if not 0 < top_p.value <= 1:
       raise UsageError(f'--top_p={top_p.value} must lie in (0, 1]. Use 1 for no cut.')
-    text = continue_text(
+    if speculative.value and temperature.value != 0:
+      raise UsageError(
+        f'--speculative writes the likeliest text, not one of --temperature={temperature.value}. '
+        'Add --temperature=0.'
+      )
+    text, accepted = continue_text(
       workdir.value,
       prompt.value or '',
       num_tokens=num_tokens.value,
@@ -93,11 +119,14 @@ def main(argv: Sequence[str]) -> int:
       top_p=top_p.value,
       seed=seed.value,
       step=step.value,
+      speculative=bool(speculative.value),
     )
   except (ValueError, CheckpointError, OSError) as e:
     print(f'error: {one_line(e)}', file=sys.stderr)
     return 2
   print(f'{prompt.value}{text}')
+  if accepted is not None:
+    print(f'drafts accepted: {accepted:.0%}', file=sys.stderr)
   return 0
 
 

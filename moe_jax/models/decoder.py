@@ -29,6 +29,8 @@ class Output(NamedTuple):
   hidden_BSD: jax.Array  # after the final norm
   aux: dict[str, jax.Array]  # what layers measured, by name: leading dim the layers that did
   cache: Any  # a list, one entry a layer group; None without a cache
+  # what module 1 of multi-token prediction reads; only with a cache
+  state: jax.Array | None = None
   # of each multi-token prediction module, after its norm; none when decoding
   mtp_hidden: tuple[jax.Array, ...] = ()
 
@@ -99,7 +101,7 @@ class Decoder(nn.Module):
     x_BSD = residual.leave(c, name='leave')(x)
     hidden_BSD = RMSNorm(c.norm_eps, name='final_norm')(x_BSD)
     if cache is not None:
-      return Output(hidden_BSD, stack_layers(aux), caches)
+      return Output(hidden_BSD, stack_layers(aux), caches, mtp.state_of(c, hidden_BSD, x))
 
     module = mtp.MTP
     if c.remat != 'none':
@@ -112,7 +114,7 @@ class Decoder(nn.Module):
       previous = out.state
       ahead.append(out.hidden_BSD)
       aux.append([jax.tree.map(lambda a: a[None], out.aux)])
-    return Output(hidden_BSD, stack_layers(aux), None, tuple(ahead))
+    return Output(hidden_BSD, stack_layers(aux), None, mtp_hidden=tuple(ahead))
 
 
 def embed(embedding_VD: jax.Array, token_BS: jax.Array, policy: Policy) -> jax.Array:

@@ -1,5 +1,6 @@
 """Speculative decoding writes what greedy decoding writes, faster where drafts are good."""
 
+import dataclasses
 import functools
 import zlib
 
@@ -9,14 +10,17 @@ import numpy as np
 import pytest
 
 from moe_jax import sharding as sh
-from moe_jax.config import MLAConfig, ModelConfig, MoEConfig, MTPConfig
+from moe_jax.config import MHCConfig, MLAConfig, ModelConfig, MoEConfig, MTPConfig
 from moe_jax.infer.decode import generate
-from moe_jax.infer.speculative import speculate
+from moe_jax.infer.speculative import _functions, speculate
 from moe_jax.models.attention import Where
 from moe_jax.models.decoder import Decoder, head_DV
 from moe_jax.precision import policy
+from tests.models import kinds, tiny_v4
 
 VOCABULARY = 8  # small, so that random drafts are sometimes right
+# a text of 30 tokens more goes on over windows, blocks and compressed entries; LONG did so before
+SHORT, LONG = [3, 1], [2, 7, 1, 7, 0, 5, 5, 6, 1, 0, 4]
 PROMPTS = [[3, 1, 4, 1], [2, 7, 1, 7], [0, 0, 0, 5]]
 
 
@@ -58,7 +62,7 @@ def draw(model: Decoder, seed: int, edit=lambda name, a: a):
 def simulate(model: Decoder, variables, prompt, ids, num_tokens: int) -> float:
   """The acceptance rate over `num_tokens`, from one full forward pass over a longer text."""
   K, text = model.cfg.mtp.num_modules, [*prompt, *ids]
-  out = jax.jit(model.apply)(variables, where_of([text]))
+  out = jax.jit(model.apply)(variables, kinds.where_of([text]))
   head = np.asarray(head_DV(variables['params'], model.policy))
   draft_KT = [np.argmax(np.asarray(h)[0] @ head, -1) for h in out.mtp_hidden]
   n, accepted, passes = len(prompt), 0, 0
@@ -84,6 +88,47 @@ def test_ids_are_greedy_decodings_and_the_rate_is_that_of_a_full_forward(num_mod
       assert rate == simulate(model, variables, prompt, want, 20), seed
       rates.append(rate)
   assert 0 < max(rates) < 1  # drafts of both fates were met
+
+
+def tiny_model(kind: str, num_modules: int):
+  """A model of an attention kind, or of all of DeepSeek-V4's, and its variables."""
+  changes = dict(vocab_size=VOCABULARY, mtp=MTPConfig(num_modules=num_modules))
+  if kind == 'v4':
+    # three layers of one kind each, and few iterations: half the time to compile
+    changes |= dict(num_layers=3, attention_per_layer=('sliding', 'csa', 'hca'))
+    mhc = MHCConfig(init_scale=0.5, sinkhorn_iterations=2)
+    return tiny_v4.make(dataclasses.replace(tiny_v4.CONFIG, mhc=mhc, **changes), rows=4, seed=1)
+  base = kinds.tiny('dsa', **changes) if kind == 'full' else kinds.tiny(kind, **changes)
+  model = Decoder(dataclasses.replace(base, attention=kind), policy('float32'))
+  return model, draw(model, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('kind', 'num_modules', 'prompt'),
+  [('full', 1, LONG), ('dsa', 1, SHORT), ('nsa', 1, LONG), ('moba', 1, SHORT), ('v4', 1, LONG),
+   ('v4', 2, SHORT)],
+)  # fmt: skip
+def test_every_attention_kind_writes_greedy_decodings_ids(kind, num_modules, prompt):
+  with jax.set_mesh(sh.make_mesh((1, 1, 1))), jax.default_matmul_precision('highest'):
+    model, variables = tiny_model(kind, num_modules)
+    want = generate(model, variables, prompt, num_tokens=30 + num_modules, temperature=0)
+    got, rate = speculate(model, variables, prompt, 30)
+    assert got == want[:30]
+    # a cache that held what a refused draft left there would draft otherwise
+    assert rate == simulate(model, variables, prompt, want, 30)
+    assert 0 < rate < 1  # drafts of both fates were met
+
+
+@pytest.mark.slow
+def test_branches_of_every_length_are_sharded_alike_on_eight_devices():
+  with jax.set_mesh(sh.make_mesh((2, 2, 2))):
+    model, variables = tiny_model('v4', 2)
+    prefill, step = _functions(model, jax.sharding.get_abstract_mesh(), 2, 9)
+    state = jax.eval_shape(prefill, variables, jnp.zeros((2,), jnp.int32))
+    after, _ = jax.eval_shape(step, variables, state)
+  caches = lambda s: jax.tree.map(jax.typeof, (s.cache, s.draft_caches))
+  assert caches(after) == caches(state)
 
 
 def perfect(name: str, a: np.ndarray) -> np.ndarray:

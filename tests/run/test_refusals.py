@@ -159,6 +159,18 @@ def test_generating_with_a_wrong_flag_is_one_line(refuse, tmp_path, flag):
   assert flag.partition('=')[0].strip('-') in line
 
 
+def test_speculating_at_a_temperature_is_one_line(refuse, tmp_path):
+  line = refuse(f'--workdir={tmp_path}', '--speculative', config=None, main=generate.main)
+  assert '--speculative' in line and line.endswith('Add --temperature=0.')
+
+
+@pytest.mark.slow
+def test_speculating_without_modules_is_one_line(refuse, straight):
+  arguments = [f'--workdir={straight}', '--speculative', '--temperature=0']
+  line = refuse(*arguments, config=None, main=generate.main)
+  assert 'model.mtp.num_modules=0: nothing drafts' in line
+
+
 @pytest.mark.slow
 def test_another_config_is_refused_showing_the_difference(program, straight, tmp_path):
   workdir = tmp_path / 'copy'
