@@ -178,6 +178,9 @@ class _Run:
         stopping = stop.stop_requested(step)
         saving = step % cfg.checkpoint.interval_steps == 0 or step == cfg.steps or stopping
         evaluating = step % cfg.eval.interval_steps == 0 or step == cfg.steps
+        if saving:
+          # before this interval is on record the last one is on the disk: a kill loses no more
+          self.checkpoints.wait()
         if saving or evaluating or streak >= cfg.guard.rollback_after:
           streak, previous_s = self._settle(pending, previous_s)
           pending = None
