@@ -32,7 +32,7 @@ from moe_jax.interop.api import open_for
 from moe_jax.interop.variables import materialize
 from moe_jax.train import cost, loop
 from moe_jax.train.checkpoint import CheckpointError
-from moe_jax.train.metrics import read_metrics
+from moe_jax.train.metrics import import_tracker, read_metrics
 from moe_jax.train.state import make_model
 from moe_jax.train.workdir import Workdir, WorkdirError, atomic_write_text
 
@@ -51,6 +51,7 @@ def run(cfg: RunConfig, path: str, *, overrides: Sequence[str] = (), command: st
     WorkdirError, CheckpointError, OSError: the workdir cannot be used.
   """
   routing.choose(cfg.balance, cfg.routing)
+  import_tracker(cfg.log.tracker)
   initial = None
   if cfg.init_from:
     initial = functools.partial(materialize, open_for(cfg.model, cfg.init_from))

@@ -92,7 +92,7 @@ class MetricsWriter:
   """
 
   def __init__(self, workdir: Path, log: LogConfig, *, config: dict[str, Any], last_step: int):
-    tracker = _import_tracker(log.tracker)
+    tracker = import_tracker(log.tracker)
     self._path = workdir / FILE
     workdir.mkdir(parents=True, exist_ok=True)
     self._trim(last_step)
@@ -255,7 +255,8 @@ class _Tracker:
     self._module.finish()
 
 
-def _import_tracker(name: str) -> Any:
+def import_tracker(name: str) -> Any:
+  """Returns the module that `log.tracker` names, None for 'none'; raises ValueError without it."""
   if name == 'none':
     return None
   try:

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.run.program import Program
+from tests.run.program import SAMPLE, Program
 
 
 @pytest.fixture(scope='session')
@@ -13,7 +13,7 @@ def program(tmp_path_factory):
 def straight(program, tmp_path_factory):
   """The workdir of a run of 12 steps without any interruption; tests only read it."""
   workdir = tmp_path_factory.mktemp('straight') / 'run'
-  result = program.run(workdir)
+  result = program.run(workdir, SAMPLE)
   assert result.code == 0, result
   return workdir
 

@@ -23,6 +23,9 @@ from moe_jax.train.metrics import Metrics, read_metrics
 ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name('tiny.py')
 ONE_DEVICE = (1, 1, 1)
+SAMPLE = '--config.sample.num_tokens=4'
+# runs on several devices are compared by tolerance, so they may do with less compiling
+COMPILE_LESS = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 # ml_collections 1.1.0 loads config files by it
 DEPRECATED = 'ignore:the load_module:DeprecationWarning'
 
@@ -47,8 +50,10 @@ class Program:
 
   def env(self, *, devices: int = 1, reuse: bool = True, keep: bool = True) -> dict[str, str]:
     """Args: reuse what other runs compiled; keep what this one compiles."""
-    flag = f'--xla_force_host_platform_device_count={devices}'
-    env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flag, 'PYTHONPATH': str(ROOT)}
+    flags = f'--xla_force_host_platform_device_count={devices}'
+    if devices > 1:
+      flags = f'{flags} {COMPILE_LESS}'
+    env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT)}
     if reuse:
       env |= {
         'JAX_COMPILATION_CACHE_DIR': str(self._compiled),

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -71,6 +72,12 @@ def test_a_wrong_override_is_one_line_that_names_it(refuse, tmp_path, override, 
   line = refuse(f'--config.{override}', f'--workdir={tmp_path / "run"}')
   for part in parts:
     assert part in line
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(refuse, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  line = refuse('--config.log.tracker=wandb', f'--workdir={tmp_path / "run"}')
+  assert "log.tracker='wandb' is not installed. Run `uv sync --extra tracking`" in line
 
 
 def test_experts_must_divide_over_their_devices(refuse, tmp_path):

@@ -7,18 +7,19 @@ import signal
 import pytest
 
 from moe_jax.train.metrics import read_metrics
-from tests.run.program import bits, checkpoint_steps, last_step, lines, restore, wait_for
+from tests.run.program import SAMPLE, bits, checkpoint_steps, last_step, lines, restore, wait_for
 
 pytestmark = pytest.mark.slow
 
 
 def test_two_runs_are_bit_identical(program, straight, tmp_path):
   again = tmp_path / 'again'
-  assert program.run(again, reuse=False).code == 0
+  assert program.run(again, SAMPLE, reuse=False).code == 0
   assert lines(again) == lines(straight)
   assert bits(restore(again)) == bits(restore(straight))
   texts = [json.loads((w / 'summary.json').read_text())['sample'] for w in (again, straight)]
   assert texts[0] == texts[1]
+  assert texts[0]['text']
 
 
 def test_more_steps_continue_and_equal_straight_through(program, straight, tmp_path):
@@ -37,7 +38,7 @@ def test_a_finished_run_says_that_nothing_is_left(program, straight, tmp_path):
   workdir = tmp_path / 'copy'
   shutil.copytree(straight, workdir)
   before = {p: p.read_bytes() for p in workdir.rglob('*') if p.is_file() and p.name != '.lock'}
-  result = program.run(workdir)
+  result = program.run(workdir, SAMPLE)
   assert result.code == 0
   assert 'Nothing left to do' in result.out
   assert '--config.steps=N' in result.out
