@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.ops.permute import bucket_by_destination, combine, dispatch, sort_by_destination
+from moe_jax.ops.permute import (
+  bucket_by_destination,
+  combine,
+  dispatch,
+  padded_rows,
+  reference,
+  sort_by_destination,
+  triton,
+)
 
 # T tokens  D width  K choices a token  R rows  E destinations
 T, D, K, E = 12, 5, 3, 6
@@ -164,3 +172,53 @@ def test_permutation_under_jit_and_vmap_equals_one_by_one():
     alone = there_and_back(destination[i], x[i], weight[i])
     np.testing.assert_allclose(together[i], alone, atol=1e-6)
     np.testing.assert_allclose(alone, x[i] * weight[i].sum(-1, keepdims=True), atol=1e-6)
+
+
+def test_padded_destinations_start_on_multiples_and_hold_the_same_tokens():
+  destination_TK = jnp.asarray(choices('mixed'), jnp.int32)
+  R = padded_rows(T * K, E, 8)
+  plan = sort_by_destination(destination_TK, num_destinations=E, num_rows=R, multiple=8)
+  compact = sort_by_destination(destination_TK, num_destinations=E, num_rows=T * K)
+  np.testing.assert_array_equal(plan.offset_E % 8, 0)
+  np.testing.assert_array_equal(plan.size_E, compact.size_E)
+  rows = np.concatenate([o + np.arange(s) for o, s in zip(plan.offset_E, plan.size_E, strict=True)])
+  np.testing.assert_array_equal(plan.choice_R[rows], compact.choice_R)
+  gaps = np.delete(np.arange(R), rows)
+  np.testing.assert_array_equal(plan.token_R[gaps], T)
+  x_RD = dispatch(jax.random.normal(jax.random.key(0), (T, D)), plan)
+  np.testing.assert_array_equal(x_RD[gaps], 0)
+
+
+@pytest.mark.parametrize(('n', 'e'), [(1200, 5), (512, 64), (1, 3), (700, 300)])
+def test_triton_counts_ranks_as_sorting_does(n, e):
+  key_N = jax.random.randint(jax.random.key(0), (n,), 0, e + 1)  # e itself goes nowhere
+  (rank, size), (expected, sizes) = triton.ranks(key_N, e), reference.ranks(key_N, e)
+  np.testing.assert_array_equal(size, sizes)
+  np.testing.assert_array_equal(rank[key_N < e], expected[key_N < e])
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float8_e4m3fn], ids=['bf16', 'fp8'])
+def test_triton_gathers_rows_as_indexing_does(dtype):
+  x_TD = jax.random.normal(jax.random.key(0), (30, 136)).astype(dtype)
+  token_R = jax.random.randint(jax.random.key(1), (77,), 0, 31)  # 30 is not there
+  found, expected = (m.gather_rows(x_TD, token_R) for m in (triton, reference))
+  np.testing.assert_array_equal(found.astype(jnp.float32), expected.astype(jnp.float32))
+
+
+@pytest.mark.parametrize('weighted', [True, False], ids=['weighted', 'plain'])
+def test_triton_sums_rows_as_the_reference_does_and_reads_no_other(weighted):
+  y_RD = jax.random.normal(jax.random.key(0), (50, 136), jnp.bfloat16).at[7].set(jnp.nan)
+  row_TK = jax.random.randint(jax.random.key(1), (21, 3), 8, 54)  # from 50 on, not there
+  weight_TK = jax.random.normal(jax.random.key(2), (21, 3)) if weighted else None
+  found, expected = (m.sum_rows(y_RD, row_TK, weight_TK) for m in (triton, reference))
+  # sums of three in another order, rounded to 8 bits
+  np.testing.assert_allclose(
+    found.astype(jnp.float32), expected.astype(jnp.float32), rtol=2.0**-8, atol=1e-6
+  )
+
+
+def test_a_named_implementation_that_cannot_run_says_why():
+  with pytest.raises(NotImplementedError, match='sort_by_destination, triton: needs an NVIDIA GPU'):
+    sort_by_destination(
+      jnp.zeros((2, 1), jnp.int32), num_destinations=2, num_rows=2, implementation='triton'
+    )

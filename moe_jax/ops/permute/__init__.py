@@ -4,6 +4,7 @@ Both directions read by index and never scatter-add, forward and backward, so re
 from run to run. A destination is an expert, or a device on the way to one.
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -11,50 +12,119 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_jax.ops import pallas_triton
+from moe_jax.ops.grouped_matmul import padded_offsets
+from moe_jax.ops.permute import reference, triton
+
+__all__ = [
+  'Plan',
+  'bucket_by_destination',
+  'combine',
+  'dispatch',
+  'gather_rows',
+  'padded_rows',
+  'sort_by_destination',
+  'sum_rows',
+]
+
 # T tokens  D width  K choices a token  R rows  E destinations
+
+_BACKENDS: dict[str, ModuleType] = {'triton': triton, 'xla': reference}
 
 
 class Plan(NamedTuple):
   """Where every choice of every token goes. R is static; some rows may stay unused."""
 
-  token_R: Int[Array, 'R']  # the token that fills each row; any for unused rows
+  choice_R: Int[Array, 'R']  # t * K + k of the choice that fills each row; T * K for unused rows
   row_TK: Int[Array, 'T K']  # the row of each choice; R for a choice that goes nowhere
   size_E: Int[Array, 'E']  # rows of each destination
+  offset_E: Int[Array, 'E']  # first row of each destination
+
+  @property
+  def token_R(self) -> Int[Array, 'R']:
+    """The token that fills each row; T for unused rows."""
+    return self.choice_R // self.row_TK.shape[1]
+
+  def by_row(self, a_TK: Float[Array, 'T K']) -> Float[Array, 'R']:
+    """A number of each choice, such as its weight, in row order; 0 in unused rows."""
+    return a_TK.reshape(-1).at[self.choice_R].get(mode='fill', fill_value=0)
+
+  def by_choice(self, a_R: Float[Array, 'R']) -> Float[Array, 'T K']:
+    """The way back; 0 for a choice that goes nowhere."""
+    return a_R.at[self.row_TK].get(mode='fill', fill_value=0)
+
+
+def padded_rows(num_choices: int, num_destinations: int, multiple: int) -> int:
+  """R that always suffices when every destination starts on a multiple of `multiple` rows."""
+  # at most min(E, choices) destinations have rows, and each wastes at most multiple - 1
+  rows = num_choices + min(num_destinations, num_choices) * (multiple - 1)
+  return -(-rows // multiple) * multiple
 
 
 def sort_by_destination(
-  destination_TK: Int[Array, 'T K'], *, num_destinations: int, num_rows: int
+  destination_TK: Int[Array, 'T K'],
+  *,
+  num_destinations: int,
+  num_rows: int,
+  multiple: int = 1,
+  implementation: str | None = None,
 ) -> Plan:
-  """Lays choices out by destination, tokens in order within each.
+  """Lays choices out by destination, tokens in order within each. Time is linear in T * K.
 
   Args:
     destination_TK: destination of each choice; `num_destinations` for a choice that goes nowhere.
-    num_rows: R; at least as many as there are choices that go somewhere, at most T * K.
+    num_rows: R; at least as many as there are choices that go somewhere, gaps included
+      (`padded_rows`).
+    multiple: destinations start on multiples of this many rows.
+    implementation: 'triton', which counts, or 'xla', which sorts. None takes the fastest that can.
   """
-  T, K = destination_TK.shape
-  flat = destination_TK.reshape(-1)
-  order = jnp.argsort(flat, stable=True)
-  row = jnp.zeros_like(flat).at[order].set(jnp.arange(T * K, dtype=flat.dtype), unique_indices=True)
-  row_TK = jnp.where(destination_TK < num_destinations, row.reshape(T, K), num_rows)
-  size_E = (destination_TK[..., None] == jnp.arange(num_destinations)).sum((0, 1), dtype=jnp.int32)
-  used_R = jnp.arange(num_rows) < size_E.sum()
-  return Plan(jnp.where(used_R, order[:num_rows] // K, 0), row_TK, size_E)
+  backend = _BACKENDS[
+    pallas_triton.choose('sort_by_destination', implementation, pallas_triton.unavailable())
+  ]
+  flat = destination_TK.reshape(-1).astype(jnp.int32)
+  rank, size_E = backend.ranks(flat, num_destinations)
+  offset_E = padded_offsets(size_E, multiple)
+  row = offset_E.at[flat].get(mode='clip') + rank
+  row = jnp.where(flat < num_destinations, row, num_rows)
+  return _plan(row.reshape(destination_TK.shape), num_rows, size_E, offset_E)
 
 
 def bucket_by_destination(visits_TE: Bool[Array, 'T E']) -> Plan:
   """Lays tokens out in one bucket of T rows for each destination, filled from the front."""
   T, E = visits_TE.shape
-  place_TE = jnp.cumsum(visits_TE, axis=0) - 1
+  place_TE = jnp.cumsum(visits_TE, axis=0, dtype=jnp.int32) - 1
   row_TE = jnp.where(visits_TE, jnp.arange(E) * T + place_TE, E * T)
-  token_R = jnp.argsort(~visits_TE, axis=0, stable=True).T.reshape(-1)
-  return Plan(token_R, row_TE, visits_TE.sum(0, dtype=jnp.int32))
+  return _plan(row_TE, E * T, visits_TE.sum(0, dtype=jnp.int32), jnp.arange(E) * T)
 
 
-def _gather_rows(y_RD: Array, row_TK: Array) -> Array:
-  """y_RD[row_TK], zero for row R: [T, K, D]."""
-  R = y_RD.shape[0]
-  y_TKD = y_RD.at[jnp.minimum(row_TK, R - 1)].get(mode='promise_in_bounds')
-  return jnp.where((row_TK < R)[..., None], y_TKD, 0)
+def _plan(row_TK: Array, num_rows: int, size_E: Array, offset_E: Array) -> Plan:
+  choice = jnp.arange(row_TK.size, dtype=jnp.int32)
+  choice_R = jnp.full_like(choice, row_TK.size, shape=(num_rows,))
+  choice_R = choice_R.at[row_TK.reshape(-1)].set(choice, mode='drop', unique_indices=True)
+  return Plan(choice_R, row_TK, size_E, offset_E)
+
+
+def gather_rows(
+  x_TD: Float[Array, 'T D'], token_R: Int[Array, 'R'], *, implementation: str | None = None
+) -> Float[Array, 'R D']:
+  """x[token], and zeros for a token that is not there (T or more). Not differentiable."""
+  name = pallas_triton.choose('gather_rows', implementation, pallas_triton.unavailable())
+  return _BACKENDS[name].gather_rows(x_TD, token_R)
+
+
+def sum_rows(
+  y_RD: Float[Array, 'R D'],
+  row_TK: Int[Array, 'T K'],
+  weight_TK: Float[Array, 'T K'] | None = None,
+  *,
+  implementation: str | None = None,
+) -> Float[Array, 'T D']:
+  """The sum over k of weight[t, k] * y[row[t, k]], in float32, rounded once to y's dtype.
+
+  A row that is not there (R or more) adds nothing. Not differentiable.
+  """
+  name = pallas_triton.choose('sum_rows', implementation, pallas_triton.unavailable())
+  return _BACKENDS[name].sum_rows(y_RD, row_TK, weight_TK)
 
 
 def _no_gradient(tree):
@@ -63,8 +133,8 @@ def _no_gradient(tree):
 
 @jax.custom_vjp
 def dispatch(x_TD: Float[Array, 'T D'], plan: Plan) -> Float[Array, 'R D']:
-  """Copies each token into the rows of its choices; unused rows repeat some token."""
-  return x_TD.at[plan.token_R].get(mode='promise_in_bounds')
+  """Copies each token into the rows of its choices; unused rows are zero."""
+  return gather_rows(x_TD, plan.token_R)
 
 
 def _dispatch_fwd(x_TD, plan):
@@ -72,8 +142,7 @@ def _dispatch_fwd(x_TD, plan):
 
 
 def _dispatch_bwd(plan, dy_RD):
-  dx_TD = _gather_rows(dy_RD, plan.row_TK).astype(jnp.float32).sum(1).astype(dy_RD.dtype)
-  return dx_TD, _no_gradient(plan)
+  return sum_rows(dy_RD, plan.row_TK), _no_gradient(plan)
 
 
 dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
@@ -84,8 +153,7 @@ def combine(
   y_RD: Float[Array, 'R D'], weight_TK: Float[Array, 'T K'], plan: Plan
 ) -> Float[Array, 'T D']:
   """Sums each token's rows by weight, in float32, returned in y's dtype."""
-  y_TKD = _gather_rows(y_RD, plan.row_TK).astype(jnp.float32)
-  return jnp.einsum('tkd,tk->td', y_TKD, weight_TK.astype(jnp.float32)).astype(y_RD.dtype)
+  return sum_rows(y_RD, plan.row_TK, weight_TK)
 
 
 def _combine_fwd(y_RD, weight_TK, plan):
@@ -94,15 +162,10 @@ def _combine_fwd(y_RD, weight_TK, plan):
 
 def _combine_bwd(saved, dout_TD):
   y_RD, weight_TK, plan = saved
-  T, K = weight_TK.shape
-  R = y_RD.shape[0]
-  # the weight of the choice behind each row; unused rows get zero
-  weight_R = jnp.zeros(R + 1, jnp.float32)
-  weight_R = weight_R.at[plan.row_TK.reshape(T * K)].set(weight_TK.reshape(T * K))[:R]
-  dout_RD = dout_TD.at[plan.token_R].get(mode='promise_in_bounds').astype(jnp.float32)
-  dy_RD = (dout_RD * weight_R[:, None]).astype(y_RD.dtype)
-  y_TKD = _gather_rows(y_RD, plan.row_TK).astype(jnp.float32)
-  dweight_TK = jnp.einsum('tkd,td->tk', y_TKD, dout_TD.astype(jnp.float32))
+  dout_RD = gather_rows(dout_TD, plan.token_R).astype(jnp.float32)
+  dy_RD = (dout_RD * plan.by_row(weight_TK.astype(jnp.float32))[:, None]).astype(y_RD.dtype)
+  # unused rows of y may hold NaN: by_choice never reads them
+  dweight_TK = plan.by_choice((y_RD.astype(jnp.float32) * dout_RD).sum(1))
   return dy_RD, dweight_TK.astype(weight_TK.dtype), _no_gradient(plan)
 
 

@@ -1,0 +1,74 @@
+"""How the project's Triton kernels are launched, and when they can be.
+
+Pallas' Triton backend is deprecated in jax 0.11 and still complete there. It is used where a kernel
+gathers rows by index or reduces along both sides of a tile, which Mosaic cannot.
+"""
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from moe_jax.ops.grouped_matmul.layout import match_vma
+
+_log = logging.getLogger(__name__)
+
+
+def unavailable() -> str | None:
+  """Why no Triton kernel can run here, or None."""
+  device = jax.devices()[0]
+  if device.platform != 'gpu' or float(getattr(device, 'compute_capability', 0)) < 8.9:
+    return f'needs an NVIDIA GPU of compute capability 8.9 or more, this is {device.device_kind}'
+  return None
+
+
+def choose(op: str, implementation: str | None, problem: str | None) -> str:
+  """'triton' or 'xla'. `problem` is why Triton cannot, if it cannot."""
+  if implementation not in (None, 'triton', 'xla'):
+    raise ValueError(f"{op}: implementation={implementation!r} must be None, 'triton' or 'xla'.")
+  if implementation == 'xla' or (problem and implementation is None):
+    if problem:
+      _log_fallback(op, problem)
+    return 'xla'
+  if problem:
+    raise NotImplementedError(f'{op}, triton: {problem}.')
+  return 'triton'
+
+
+@functools.cache
+def _log_fallback(op: str, problem: str) -> None:
+  _log.info('%s: xla instead of triton, which %s.', op, problem)
+
+
+def call(
+  kernel: Callable,
+  *args: jax.Array,
+  grid: tuple[int, ...],
+  out: Any,
+  num_warps: int = 4,
+  num_stages: int = 2,
+  aliases: dict[int, int] | None = None,
+) -> Any:
+  """Runs `kernel(*input refs, *output refs)` over the grid; references are to whole arrays.
+
+  Outside a GPU it is interpreted. Nothing about it is random or depends on the order of programs.
+  """
+  args = match_vma(*args)
+  varying = jax.typeof(args[0]).mat
+  out = jax.tree.map(lambda a: a.update(manual_axis_type=varying), out)
+  run = pl.pallas_call(
+    kernel,
+    grid=grid,
+    out_shape=out,
+    input_output_aliases=aliases or {},
+    compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+    interpret=jax.default_backend() != 'gpu',
+  )
+  with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', message='.*Triton backend is deprecated.*')
+    return run(*args)
