@@ -50,23 +50,17 @@ def run(cfg: RunConfig, path: str, *, overrides: Sequence[str] = (), command: st
     ValueError: before anything is written, where the config does not fit the devices or the text.
     WorkdirError, CheckpointError, OSError: the workdir cannot be used.
   """
-  routing.choose(cfg.balance, cfg.routing)
-  import_tracker(cfg.log.tracker)
+  check(cfg)
   initial = None
   if cfg.init_from:
     initial = functools.partial(materialize, open_for(cfg.model, cfg.init_from))
   mesh = sh.make_mesh(cfg.check_mesh(jax.device_count()))
   sources = functools.cache(functools.partial(_source, cfg))
-  vocabulary = sources('train').tokenizer.vocab_size
-  if vocabulary > cfg.model.vocab_size:
-    raise ValueError(
-      f'model.vocab_size={cfg.model.vocab_size} is smaller than the {vocabulary} ids of '
-      f'data.tokenizer={cfg.data.tokenizer!r}. Raise it, or cut the tokenizer (deepseek:N).'
-    )
+  check_vocabulary(cfg, sources('train').tokenizer.vocab_size)
   first = jax.process_index() == 0
   with (
     jax.set_mesh(mesh),
-    Workdir.open(path, _recorded(cfg), may_change=MAY_CHANGE, defaults=_defaults()) as workdir,
+    Workdir.open(path, recorded(cfg), may_change=MAY_CHANGE, defaults=defaults()) as workdir,
   ):
     target = loop.state_target(cfg)
     console = make_console() if first else make_console(open(os.devnull, 'w'))  # noqa: SIM115
@@ -96,19 +90,33 @@ def run(cfg: RunConfig, path: str, *, overrides: Sequence[str] = (), command: st
   return 0
 
 
-def _recorded(cfg: RunConfig) -> dict[str, Any]:
+def check(cfg: RunConfig) -> None:
+  """Raises ValueError for what can be refused before a device or a text is looked at."""
+  routing.choose(cfg.balance, cfg.routing)
+  import_tracker(cfg.log.tracker)
+
+
+def check_vocabulary(cfg: RunConfig, vocabulary: int) -> None:
+  if vocabulary > cfg.model.vocab_size:
+    raise ValueError(
+      f'model.vocab_size={cfg.model.vocab_size} is smaller than the {vocabulary} ids of '
+      f'data.tokenizer={cfg.data.tokenizer!r}. Raise it, or cut the tokenizer (deepseek:N).'
+    )
+
+
+def recorded(cfg: RunConfig) -> dict[str, Any]:
   """What config.json holds: of the balancing ideas, those in use."""
   used = set(cfg.balance.split('+'))
   routing_fields = {name: fields for name, fields in cfg.routing.items() if name in used}
   return config_io.to_dict(cfg) | {'routing': routing_fields}
 
 
-def _defaults() -> dict[str, Any]:
+def defaults() -> dict[str, Any]:
   """Every field's default; a workdir made before a field existed was made with it."""
-  defaults = config_io.to_dict(RunConfig())
+  values = config_io.to_dict(RunConfig())
   # these two hold entries that a config names itself
-  del defaults['routing'], defaults['data']['domains']
-  return defaults
+  del values['routing'], values['data']['domains']
+  return values
 
 
 def _source(cfg: RunConfig, split: str) -> RowSource:
@@ -174,6 +182,7 @@ def _summary(
       'total': sum(c.total for c in card.components),
       'active': sum(c.active for c in card.components),
     },
+    'flops_per_token': card.flops_per_token,
     'max_vio': vio[-1].tolist(),
     'sample': {'prompt': cfg.sample.prompt, 'text': text},
     'command': command,

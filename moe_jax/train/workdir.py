@@ -124,6 +124,33 @@ class Workdir:
       )
     return config
 
+  def compare(
+    self,
+    config: Mapping[str, Any],
+    *,
+    may_change: tuple[str, ...],
+    defaults: Mapping[str, Any] | None = None,
+  ) -> bool:
+    """Whether `config` (JSON values) differs from config.json; arguments are those of `open`.
+
+    Raises:
+      WorkdirError: it differs in a field that may not change, or config.json cannot be read.
+    """
+    old, new = flatten(defaults or {}) | flatten(self.read_config()), flatten(config)
+    changed = {n: (old.get(n, _ABSENT), new.get(n, _ABSENT)) for n in old | new}
+    changed = {n: (a, b) for n, (a, b) in changed.items() if a != b}
+    refused = [
+      f'{n}: {a} -> {b}'
+      for n, (a, b) in changed.items()
+      if not any(fnmatch.fnmatchcase(n, pattern) for pattern in may_change)
+    ]
+    if refused:
+      raise WorkdirError(
+        f'workdir={self.path} was made with another config: {"; ".join(refused)}. '
+        'Set these back or choose another --workdir.'
+      )
+    return bool(changed)
+
   def _take(
     self, config: dict[str, Any], defaults: dict[str, Any], may_change: tuple[str, ...]
   ) -> None:
@@ -142,22 +169,9 @@ class Workdir:
     self._lock.write(f'process {os.getpid()} on host {socket.gethostname()}\n')
     self._lock.flush()
 
-    if self.config.exists():
-      old, new = flatten(defaults) | flatten(self.read_config()), flatten(config)
-      changed = {n: (old.get(n, _ABSENT), new.get(n, _ABSENT)) for n in old | new}
-      changed = {n: (a, b) for n, (a, b) in changed.items() if a != b}
-      refused = [
-        f'{n}: {a} -> {b}'
-        for n, (a, b) in changed.items()
-        if not any(fnmatch.fnmatchcase(n, pattern) for pattern in may_change)
-      ]
-      if refused:
-        raise WorkdirError(
-          f'workdir={self.path} was made with another config: {"; ".join(refused)}. '
-          'Set these back or choose another --workdir.'
-        )
-      if not changed:
-        return
+    old = self.config.exists()
+    if old and not self.compare(config, may_change=may_change, defaults=defaults):
+      return
     atomic_write_text(self.config, json.dumps(config, indent=2) + '\n')
 
 

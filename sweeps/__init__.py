@@ -1,0 +1,1 @@
+"""Sweeps: a file defines `sweep()` or `search(trial)`, and `python -m sweeps.run` runs its rows."""
