@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 
-import pandas as pd
 import pytest
 
 from moe_jax.train.metrics import read_metrics
 from tests.run.program import CONFIG, DEPRECATED, ROOT
 from tests.sweeps.conftest import FAKE
 
+pd = pytest.importorskip('pandas')
 pytestmark = pytest.mark.filterwarnings(DEPRECATED)
 
 FOUR = "def sweep():\n  return space.grid({'seed': [0, 1], 'optim.lr_peak': [1e-3, 2e-3]})\n"
