@@ -88,23 +88,27 @@ class Search:
     return taken
 
   def watch(self, row: Row, seen: Follower) -> bool:
-    trial, reported = self._trials[row], self._reported[row]
-    prune = False
-    for step, loss in sorted(seen.evaluations.items()):
-      if 0 < step < row.cfg.steps and step not in reported:
-        reported.add(step)
-        trial.report(loss, step)
-        prune = trial.should_prune()
-    if prune:
-      self._pruned.add(row)
-    return prune
+    if not self._report(row, seen) or not self._trials[row].should_prune():
+      return False
+    self._pruned.add(row)
+    return True
 
   def ended(self, row: Row, seen: Follower) -> None:
     record = self.records[row]
     if record.state is State.STOPPED and row in self._pruned:
       record.state = State.PRUNED
+    self._report(row, seen)
     if record.state.final:
       self._tell(row)
+
+  def _report(self, row: Row, seen: Follower) -> bool:
+    """Tells the study of new validation losses; false where there are none."""
+    reported = self._reported[row]
+    new = {s: loss for s, loss in seen.evaluations.items() if s > 0 and s not in reported}
+    for step, loss in sorted(new.items()):
+      self._trials[row].report(loss, step)
+    reported |= set(new)
+    return bool(new) and max(new) < row.cfg.steps
 
   def _overrides(self, trial: Any) -> Mapping[str, Any]:
     overrides = self._module.search(trial)
@@ -151,9 +155,15 @@ class Search:
   def _tell(self, row: Row) -> None:
     states, record = self._optuna.trial.TrialState, self.records[row]
     loss = (row.summary() or {}).get('eval', {}).get('loss', math.nan)
+    value, state = None, states.FAIL
     if record.state is State.DONE and math.isfinite(loss):
-      self._study.tell(self._trials[row], loss)
+      value, state = loss, states.COMPLETE
     elif record.state is State.PRUNED:
-      self._study.tell(self._trials[row], state=states.PRUNED)
-    else:
-      self._study.tell(self._trials[row], state=states.FAIL)
+      state = states.PRUNED
+    try:
+      self._study.tell(self._trials[row], value, state=state)
+    except RuntimeError as e:
+      if 'Study.stop' not in str(e):
+        raise
+      # a sampler that has no more points, such as GridSampler; what was told is stored
+      self.num_trials = self._asked

@@ -3,6 +3,8 @@
 Jobs outlive the launcher: started again, it finds them by the ids in row.json.
 """
 
+import contextlib
+import io
 import pickle
 import shutil
 import subprocess
@@ -74,7 +76,8 @@ class SlurmLauncher:
       record.write(row)  # makes the folder, where the log will be
       work.append(RowJob(row.command, str(row.folder), self._env))
     try:
-      with self._executor.batch():
+      # sbatch's complaint is in the error too
+      with contextlib.redirect_stderr(io.StringIO()), self._executor.batch():
         jobs = [self._executor.submit(job) for job in work]
     except self._submitit.core.utils.FailedJobError as e:
       raise SweepError(f'sbatch refuses the jobs: {" ".join(str(e).split())}') from e
