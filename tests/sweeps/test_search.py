@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -22,11 +23,11 @@ PRUNED = """
 import optuna
 TRIALS = 2
 STUDY = dict(
-  sampler=optuna.samplers.GridSampler({'lr': [1e-3, 5e-3]}, seed=1),
-  pruner=optuna.pruners.ThresholdPruner(upper=1.3, n_warmup_steps=5),
+  sampler=optuna.samplers.GridSampler({'lr': [1e-3, 2e-2]}, seed=1),
+  pruner=optuna.pruners.ThresholdPruner(upper=2.5),
 )
 def search(trial):
-  return {'optim.lr_peak': trial.suggest_float('lr', 1e-3, 5e-3)}
+  return {'optim.lr_peak': trial.suggest_float('lr', 1e-3, 2e-2)}
 """
 
 
@@ -49,20 +50,28 @@ def test_trials_are_rows_with_their_losses_in_the_study(sweep, tmp_path):
 
 
 def test_a_run_that_lags_is_stopped_and_marked(sweep, tmp_path, monkeypatch):
-  monkeypatch.setenv('FAKE_STEP_S', '0.1')
+  monkeypatch.setenv('FAKE_STEP_S', '0.25')
   assert sweep(PRUNED, '--jobs=2')[0] == 0
   results = pd.read_csv(tmp_path / 'sweep' / 'results.csv').sort_values('optim.lr_peak')
   assert list(results['state']) == ['done', 'pruned']
   assert sorted(t.state.name for t in trials(tmp_path / 'sweep')) == ['COMPLETE', 'PRUNED']
-  [folder] = (tmp_path / 'sweep').glob('rows/lr_peak=0.005*')
+  [folder] = (tmp_path / 'sweep').glob('rows/lr_peak=0.02*')
   assert json.loads((folder / 'row.json').read_text())['state'] == 'pruned'
   assert int((folder / 'step').read_text()) < 10
 
 
+def interrupt_when(folder, num_started):
+  """Ctrl-C, once so many rows have done a step."""
+  until = time.monotonic() + 60
+  while len(list(folder.glob('rows/*/step'))) < num_started and time.monotonic() < until:
+    time.sleep(0.05)
+  os.kill(os.getpid(), signal.SIGINT)
+
+
 @pytest.mark.slow
 def test_a_stopped_search_goes_on_with_the_trials_under_way(sweep, tmp_path, monkeypatch):
-  monkeypatch.setenv('FAKE_STEP_S', '0.1')
-  threading.Timer(0.9, os.kill, (os.getpid(), signal.SIGINT)).start()
+  monkeypatch.setenv('FAKE_STEP_S', '0.2')
+  threading.Thread(target=interrupt_when, args=(tmp_path / 'sweep', 2)).start()
   assert sweep(SEARCH, '--jobs=2')[0] == 130
   before = trials(tmp_path / 'sweep')
   assert [t.state.name for t in before] == ['RUNNING'] * 2
