@@ -19,7 +19,7 @@ ATTENTION_KINDS = ('full', 'mla', 'dsa', 'nsa', 'moba', *COMPRESSED_KINDS)
 RESIDUAL_KINDS = ('plain', 'mhc')
 SCORES = ('softmax', 'sigmoid', 'sqrt_softplus')
 GROUP_SCORES = ('max', 'top2')
-REMAT = ('none', 'full', 'dots')
+REMAT = ('none', 'full', 'dots', 'selective')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

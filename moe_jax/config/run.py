@@ -14,6 +14,8 @@ from moe_jax.config.rules import not_negative, one_of, positive, require
 OPTIMIZERS = ('adamw', 'muon')
 SCHEDULES = ('constant', 'steps', 'cosine', 'wsd')
 PRECISIONS = ('float32', 'bfloat16')
+MOMENT_DTYPES = ('float32', 'bfloat16')
+ROUNDINGS = ('stochastic', 'nearest')
 TRACKERS = ('none', 'wandb', 'trackio')
 
 
@@ -28,7 +30,7 @@ class MuonConfig:
 
   def __post_init__(self):
     positive(self, 'optim.muon', 'update_rms', 'adamw_eps')
-    one_of(self, 'optim.muon', 'dtype', PRECISIONS)
+    one_of(self, 'optim.muon', 'dtype', ('float32', 'bfloat16'))
     require(
       0 <= self.momentum < 1,
       'optim.muon.momentum',
@@ -58,6 +60,8 @@ class OptimConfig:
   eps: float = 1e-8
   weight_decay: float = 0.1
   clip_norm: float = 1.0
+  moments_dtype: str = 'float32'  # of AdamW's moments between steps; bfloat16 halves them
+  moments_rounding: str = 'stochastic'  # or nearest; of moments in bfloat16
   muon: MuonConfig = MuonConfig()
   # regular expression: what is trained has it in its path, such as 'indexer'; empty trains all
   trainable: str = ''
@@ -67,6 +71,8 @@ class OptimConfig:
     positive(self, 'optim', 'lr_peak', 'eps', 'clip_norm', 'step_factor')
     not_negative(self, 'optim', 'warmup_steps', 'weight_decay', 'lr_end_fraction')
     one_of(self, 'optim', 'schedule', SCHEDULES)
+    one_of(self, 'optim', 'moments_dtype', MOMENT_DTYPES)
+    one_of(self, 'optim', 'moments_rounding', ROUNDINGS)
     for name in ('b1', 'b2'):
       value = getattr(self, name)
       require(

@@ -14,14 +14,34 @@ from moe_jax.models.block import Block
 from moe_jax.models.grouping import group_layers
 from moe_jax.models.layers import RMSNorm, weight
 from moe_jax.models.residual import RESIDUALS
+from moe_jax.ops import embedding
 from moe_jax.precision import Policy
 from moe_jax.routing import Idea
 
 # B batch  S sequence  D model  V vocabulary  L layers with experts  E experts
 
+# what `selective` keeps of a layer: results that cost much arithmetic for their bytes, and the
+# routing, which is small and slow to find. Projections, norms and gathers are made again.
+KEPT = (
+  'attention_out',
+  'attention_lse',
+  'router_logits',
+  'router_choice',
+  'expert_plan',
+  'expert_hidden',
+  'expert_out',
+)
+
+
+def _kept(prim: Any, *_: Any, **params: Any) -> bool:
+  # jax names nothing within cuDNN's attention: its output and statistics are known by the call
+  return prim.name.startswith('dot_product_attention_fwd') or params.get('name') in KEPT
+
+
 _REMAT_POLICIES = {
   'full': jax.checkpoint_policies.nothing_saveable,
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'selective': _kept,
 }
 
 
@@ -119,8 +139,7 @@ class Decoder(nn.Module):
 
 def embed(embedding_VD: jax.Array, token_BS: jax.Array, policy: Policy) -> jax.Array:
   """Rows of the stored table in compute precision, [B, S, D]."""
-  table_VD = jax.sharding.reshard(policy.cast(embedding_VD), jax.P(None, None))
-  return table_VD.at[token_BS].get(out_sharding=sh.STREAM)
+  return embedding.embed(embedding_VD, token_BS, dtype=policy.activations)
 
 
 def head_DV(params: Any, policy: Policy) -> jax.Array:

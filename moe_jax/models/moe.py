@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import sharding as sh
 from moe_jax.config import MoEConfig
@@ -50,6 +51,7 @@ class MoE(nn.Module):
     logits_BSE = jnp.einsum(
       'bsd,de->bse', x_BSD.astype(jnp.float32), router_DE, precision='highest'
     )
+    logits_BSE = checkpoint_name(logits_BSE, 'router_logits')
     score_BSE = scores(logits_BSE, c.score)
     expert_BSK, weight_BSK = (self._hash if self.num_hash_ids else self._choose)(score_BSE, where)
     y_BSD = expert_mlp(

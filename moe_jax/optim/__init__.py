@@ -12,7 +12,11 @@ from moe_jax.optim.schedules import schedule
 __all__ = ['GuardState', 'adamw', 'judge', 'muon', 'optimizer', 'schedule', 'trains']
 
 
-def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
-  """The optimizer that `optim.name` asks for, of what `optim.trainable` leaves to train."""
-  tx = {'adamw': adamw, 'muon': muon}[cfg.name](cfg, steps)
+def optimizer(cfg: OptimConfig, steps: int, *, seed: int = 0) -> optax.GradientTransformation:
+  """The optimizer that `optim.name` asks for, of what `optim.trainable` leaves to train.
+
+  Args:
+    seed: of what an optimizer draws, together with the count of its updates.
+  """
+  tx = {'adamw': adamw, 'muon': muon}[cfg.name](cfg, steps, seed=seed)
   return only(tx, cfg.trainable) if cfg.trainable else tx

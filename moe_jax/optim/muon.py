@@ -10,7 +10,7 @@ import optax
 from jax import P
 
 from moe_jax.config import OptimConfig
-from moe_jax.optim.adamw import decays
+from moe_jax.optim.adamw import adamw
 from moe_jax.optim.matrices import Layout, layout
 from moe_jax.optim.newton_schulz import orthogonalize
 from moe_jax.optim.schedules import schedule
@@ -22,7 +22,7 @@ class MomentumState(NamedTuple):
   momentum: Any  # float32, shaped and sharded as the parameters
 
 
-def muon(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
+def muon(cfg: OptimConfig, steps: int, *, seed: int = 0) -> optax.GradientTransformation:
   """Muon on every matrix of `optim.matrices`, AdamW on everything else. Gradients come in clipped.
 
   M <- mu M + G;  W <- W (1 - lr wd) - lr * rms * sqrt(max(X, Y)) * orthogonalize(mu M + G), so that
@@ -34,14 +34,7 @@ def muon(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
   Source: arXiv:2606.19348, section 2.4.
   """
   learning_rate = schedule(cfg, steps)
-  rest = optax.adamw(
-    learning_rate,
-    b1=cfg.b1,
-    b2=cfg.b2,
-    eps=cfg.muon.adamw_eps,
-    weight_decay=cfg.weight_decay,
-    mask=decays,
-  )
+  rest = adamw(cfg, steps, eps=cfg.muon.adamw_eps, seed=seed)
   matrices = optax.chain(
     orthogonal_momentum(cfg.muon.momentum, rms=cfg.muon.update_rms, dtype=cfg.muon.dtype),
     optax.add_decayed_weights(cfg.weight_decay),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from moe_jax import sharding as sh
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.models import mtp
-from moe_jax.ops.cross_entropy import CHUNK as LOSS_CHUNK
+from moe_jax.ops.cross_entropy import CHUNK_BYTES
 from moe_jax.train.state import TrainState, make_model
 from moe_jax.train.step import count_targets, mean_loss
 
@@ -154,9 +154,8 @@ def predicted_bytes(cfg: RunConfig, state: TrainState) -> int:
   if cfg.model.remat != 'none':
     plain = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat='none'))
     kept += _kept_bytes(plain, state) // cfg.model.num_layers
-  positions = min(cfg.data.sequence_length, LOSS_CHUNK)
-  rows = cfg.data.batch_size // cfg.microbatches
-  logits = 4 * rows * positions * cfg.model.vocab_size // jax.sharding.get_abstract_mesh().size
+  logits = 4 * cfg.tokens_per_step // cfg.microbatches * cfg.model.vocab_size
+  logits = min(CHUNK_BYTES, logits // jax.sharding.get_abstract_mesh().size)
   return bytes_per_device(state) + bytes_per_device(state.params) + kept + 2 * logits
 
 

@@ -34,7 +34,7 @@ def make_model(cfg: RunConfig) -> Decoder:
 
 
 def make_optimizer(cfg: RunConfig) -> optax.GradientTransformation:
-  return optimizer(cfg.optim, cfg.steps)
+  return optimizer(cfg.optim, cfg.steps, seed=cfg.seed)
 
 
 def init_variables(model: Decoder, key: jax.Array) -> Any:

@@ -15,7 +15,7 @@ from moe_jax.models.attention import Where
 from moe_jax.models.decoder import Decoder, Output, head_DV
 from moe_jax.ops.cross_entropy import total_loss
 from moe_jax.optim import judge, schedule, trains
-from moe_jax.precision import policy
+from moe_jax.precision import compute_copy, policy
 from moe_jax.train.state import TrainState, make_model, make_optimizer
 
 # B batch  S sequence  M micro-batches  L layers with experts  E experts  V vocabulary
@@ -105,10 +105,12 @@ def loss_and_grads(
   """Losses, counts and gradients of a whole batch, computed in `cfg.microbatches` parts.
 
   Token losses are averaged over the valid targets of the whole batch, layers' losses over parts,
-  and `load_LE` counts every token of every part and device.
+  and `load_LE` counts every token of every part and device. Gradients of one part are in compute
+  precision, the sum over parts is float32.
   """
   num_targets = count_targets(cfg, batch)
   parts = cfg.microbatches
+  params = compute_copy(model.policy, params)
 
   def loss_fn(params: Any, part: Batch):
     return mean_loss(cfg, model, params, router, part, num_targets=num_targets)
@@ -121,10 +123,18 @@ def loss_and_grads(
   def add(carry: Any, part: Batch):
     return jax.tree.map(jnp.add, carry, grad_fn(params, part)), None
 
+  def zeros_of(shape: Any) -> jax.Array:
+    dtype = jnp.promote_types(shape.dtype, jnp.float32) if _is_real(shape) else shape.dtype
+    return jnp.zeros(shape.shape, dtype, out_sharding=shape.sharding)
+
   shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda a: a[0], _split(batch, parts)))
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes)
+  zeros = jax.tree.map(zeros_of, shapes)
   (grads, seen), _ = jax.lax.scan(add, zeros, _split(batch, parts))
   return seen, grads
+
+
+def _is_real(a: Any) -> bool:
+  return jnp.issubdtype(a.dtype, jnp.floating)
 
 
 def router_metrics(load_LE: jax.Array, entropy_L: jax.Array, bias_LE: jax.Array) -> Metrics:
@@ -209,7 +219,8 @@ def make_train_step(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[Train
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     seen, grads = loss_and_grads(cfg, model, state.params, state.router, batch)
     grads = _where_trained(cfg, grads, jax.tree.map(jnp.zeros_like, grads))
-    grad_norm = optax.tree.norm(grads)
+    # the squares' sum is float32 whatever the gradients are; the cast is part of the reduction
+    grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
     ok, guard = judge(state.guard, seen['loss'], grad_norm, cfg.guard)
     clip = jnp.minimum(1.0, cfg.optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
     grads = jax.tree.map(lambda g: g * clip, grads)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.ops.cross_entropy import token_losses, total_loss
+from moe_jax.ops.cross_entropy import num_chunks, token_losses, total_loss
 
 B, S, D, V = 2, 24, 8, 31
 
@@ -55,11 +55,21 @@ def test_chunks_give_the_whole_loss_and_its_gradients(chunk):
     np.testing.assert_allclose(found, expected, atol=5e-6)
 
 
-def test_a_length_that_chunks_do_not_divide_is_done_whole():
+@pytest.mark.parametrize(('most', 'expected'), [(48, 1), (47, 2), (7, 8), (5, 12), (1, 48)])
+def test_chunks_are_equal_and_no_larger_than_asked(most, expected):
+  assert num_chunks(48, most) == expected
+
+
+def test_gradients_are_those_of_the_definition():
   hidden, head, target, mask = make()
-  np.testing.assert_array_equal(
-    total_loss(hidden, head, target, mask, chunk=7), total_loss(hidden, head, target, mask)
-  )
+
+  def definition(hidden, head):
+    return jnp.where(mask, token_losses(hidden, head, target), 0).sum()
+
+  found = jax.grad(lambda *a: 3 * total_loss(*a, target, mask, chunk=8), (0, 1))(hidden, head)
+  expected = jax.grad(lambda *a: 3 * definition(*a), (0, 1))(hidden, head)
+  for one, other in zip(found, expected, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_masked_positions_get_no_gradient_whatever_their_loss():

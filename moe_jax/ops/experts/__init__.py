@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moe_jax import sharding as sh
@@ -114,8 +115,10 @@ def _local_experts(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, *, rows, 
   """Experts of this device for the tokens that are here; choice E means an expert elsewhere."""
   E, D, _, F = gate_up_ED2F.shape
   plan = sort_by_destination(expert_TK, num_destinations=E, num_rows=rows)
+  plan = checkpoint_name(plan, 'expert_plan')
   x_RD = dispatch(x_TD, plan)
   h_R2F = grouped_matmul(x_RD, gate_up_ED2F.reshape(E, D, 2 * F), plan.size_E)
+  h_R2F = checkpoint_name(h_R2F, 'expert_hidden')
   h_RF = swiglu(h_R2F[:, :F], h_R2F[:, F:], limit=limit)
   y_RD = grouped_matmul(h_RF, down_EFD, plan.size_E)
-  return combine(y_RD, weight_TK, plan)
+  return combine(checkpoint_name(y_RD, 'expert_out'), weight_TK, plan)

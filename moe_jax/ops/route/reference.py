@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 # E experts  G groups  K experts a token; leading dims are tokens
@@ -62,6 +63,7 @@ def top_k_route(
     group_score=group_score,
   )
   _, expert_K = jax.lax.top_k(choice_E, k)
+  expert_K = checkpoint_name(expert_K, 'router_choice')
   return expert_K, weigh(score_E, expert_K, normalize=normalize, scale=scale)
 
 

@@ -1,0 +1,124 @@
+"""A training step to be timed: its state, a batch as packing makes them, the compiled program."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax import sharding as sh
+from moe_jax.analysis.human import count, size
+from moe_jax.config import RunConfig
+from moe_jax.train import cost
+from moe_jax.train.state import create
+from moe_jax.train.step import make_train_step
+
+# dense bf16 peak of a device, FLOP/s, by the data sheet
+PEAK_FLOPS = 989e12
+_MEAN_DOCUMENT = 1500  # tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """What a number of steps took."""
+
+  tokens_per_s: float
+  step_s: float  # median
+  spread: float  # (slowest - fastest) / median
+  mfu: float  # model operations over PEAK_FLOPS
+  peak_bytes: int
+  loss: float
+
+  def describe(self) -> str:
+    return (
+      f'{self.step_s * 1e3:.1f} ms a step (spread {self.spread:.1%}), {self.tokens_per_s:,.0f} '
+      f'tokens/s, MFU {self.mfu:.1%}, peak memory {size(self.peak_bytes)}, loss {self.loss:.4f}'
+    )
+
+
+def batch_like_text(cfg: RunConfig, seed: int = 0) -> dict[str, np.ndarray]:
+  """Random ids with the frequencies of text, in documents of random length: no file is read."""
+  rng = np.random.default_rng(seed)
+  shape = cfg.data.batch_size, cfg.data.sequence_length
+  starts = rng.random(shape) < 1 / _MEAN_DOCUMENT
+  starts[:, 0] = True
+  place = np.broadcast_to(np.arange(shape[1]), shape)
+  first = np.maximum.accumulate(np.where(starts, place, 0), axis=1)
+  tokens = rng.zipf(1.2, shape).clip(1, cfg.model.vocab_size) - 1
+  targets = np.roll(tokens, -1, axis=1)
+  return {
+    'tokens': tokens.astype(np.int32),
+    'targets': targets.astype(np.int32),
+    'positions': (place - first).astype(np.int32),
+    'segments': np.cumsum(starts, axis=1).astype(np.int32),
+    'loss_mask': np.roll(~starts, -1, axis=1),
+  }
+
+
+class Step:
+  """The training step of `cfg` on the first devices, compiled, with a fresh state."""
+
+  def __init__(self, cfg: RunConfig):
+    self.cfg = cfg
+    self.mesh = sh.make_mesh(cfg.check_mesh(jax.device_count()))
+    with jax.set_mesh(self.mesh):
+      self.state = jax.jit(functools.partial(create, cfg))(jax.random.key(cfg.seed))
+      self.predicted_bytes = cost.predicted_bytes(cfg, self.state)
+      length = cfg.data.sequence_length
+      self.flops_per_token = cost.flops_per_token(cfg.model, self.state.params, length)
+      place = jax.sharding.NamedSharding(self.mesh, sh.TOKENS)
+      self.batches = [jax.device_put(batch_like_text(cfg, seed), place) for seed in range(4)]
+      step = jax.jit(make_train_step(cfg), donate_argnums=0)
+      start = time.perf_counter()
+      self.compiled = step.lower(self.state, self.batches[0]).compile()
+      self.compile_s = time.perf_counter() - start
+    self.metrics: dict[str, Any] = {}
+
+  def run(self, steps: int) -> None:
+    for i in range(steps):
+      self.state, self.metrics = self.compiled(self.state, self.batches[i % len(self.batches)])
+    jax.block_until_ready(self.metrics)
+
+  def measure(self, steps: int, warm: int = 3) -> Seen:
+    self.run(warm)
+    times = []
+    for _ in range(steps):
+      start = time.perf_counter()
+      self.run(1)
+      times.append(time.perf_counter() - start)
+    median = statistics.median(times)
+    rate = self.cfg.tokens_per_step / median
+    return Seen(
+      tokens_per_s=rate,
+      step_s=median,
+      spread=(max(times) - min(times)) / median,
+      mfu=rate * self.flops_per_token / (PEAK_FLOPS * jax.device_count()),
+      peak_bytes=self.peak_bytes(),
+      loss=float(self.metrics['train/loss']),
+    )
+
+  def peak_bytes(self) -> int:
+    """What the program occupies on a device: its arguments, results and temporary memory.
+
+    Of this program alone, where the device's own counter remembers what ran before.
+    """
+    m = self.compiled.memory_analysis()
+    if m is None:
+      return 0
+    return (
+      m.argument_size_in_bytes
+      + m.output_size_in_bytes
+      - m.alias_size_in_bytes
+      + m.temp_size_in_bytes
+    )
+
+  def describe(self) -> str:
+    cfg = self.cfg
+    return (
+      f'{cfg.precision}, remat {cfg.model.remat}, {cfg.data.batch_size} x '
+      f'{cfg.data.sequence_length} tokens, {count(self.flops_per_token)}FLOP a token, '
+      f'{size(self.predicted_bytes)} predicted, compiled in {self.compile_s:.0f} s'
+    )
