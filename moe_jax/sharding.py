@@ -19,12 +19,13 @@ AXES = (DATA, EXPERT, MODEL)
 # sequences are shared by the data and the expert axis
 BATCH = (DATA, EXPERT)
 
-# activations: (B,), (B, S), (B, S, D), (B, S, J, D), (B, S, H, C), (B, S, F), (B, S, V)
+# activations: (B,), (B, S), (B, S, D), (B, S, J, D), (B, S, H, C), (B, H, S), (B, S, F), (B, S, V)
 BY_ROW = P(BATCH)
 TOKENS = P(BATCH, None)
 STREAM = P(BATCH, None, None)
 STREAMS = P(BATCH, None, None, None)
 HEADS = P(BATCH, None, MODEL, None)
+HEAD_ROWS = P(BATCH, MODEL, None)
 WIDE = P(BATCH, None, MODEL)
 
 # parameters as stored: `data` holds an FSDP share of each, `model` splits the width

@@ -65,7 +65,9 @@ def test_chunked_equals_reference_with_its_gradients():
   mask = visible(segment, segment, START)
   dout = jax.random.normal(jax.random.key(1), (B, S, H, V))
   whole = lambda q, k, v: reference.attention(q, k, v, mask, scale=SCALE)
-  parts = lambda q, k, v: chunked.attention(q, k, v, segment, segment, START, scale=SCALE, block=8)
+  parts = lambda *operands: chunked.attention(
+    *operands, segment, segment, START, scale=SCALE, block=8
+  )[0]
   o, vjp = jax.vjp(whole, *operands)
   o_chunked, vjp_chunked = jax.vjp(jax.jit(parts), *operands)
   # the sums of one query are the same ones, in a matrix product of another size
@@ -78,7 +80,8 @@ def test_chunked_counts_queries_from_their_start():
   q, k, v = make()
   ones = jnp.ones((B, S), jnp.int32)
   whole = attention(q, k, v, ones, ones, START, scale=SCALE)
-  tail = chunked.attention(q[:, 16:], k, v, ones[:, 16:], ones, START + 16, scale=SCALE, block=8)
+  segments = ones[:, 16:], ones, START + 16
+  tail, _ = chunked.attention(q[:, 16:], k, v, *segments, scale=SCALE, block=8)
   np.testing.assert_allclose(tail, whole[:, 16:], atol=1e-6)
 
 

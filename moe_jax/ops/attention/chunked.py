@@ -22,20 +22,24 @@ def attention(
   q_segment_BS: Int[Array, 'B S'],
   k_segment_BT: Int[Array, 'B T'],
   start_B: Int[Array, 'B'],
+  sink_H: Float[Array, 'H'] | None = None,
   *,
   scale: float,
+  window: int | None = None,
   block: int = 512,
-) -> Float[Array, 'B S H V']:
-  """As `reference.attention`; S must be a multiple of `block`."""
+) -> tuple[Float[Array, 'B S H V'], Float[Array, 'B H S']]:
+  """As `reference.attention_and_lse`; S must be a multiple of `block`."""
   num_blocks = q_BSHC.shape[1] // block
 
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def one_block(_: None, i: Array):
     q = jax.lax.dynamic_slice_in_dim(q_BSHC, i * block, block, axis=1)
     segment = jax.lax.dynamic_slice_in_dim(q_segment_BS, i * block, block, axis=1)
-    mask = reference.visible(segment, k_segment_BT, start_B + i * block)
-    return None, reference.attention(q, k_BTHC, v_BTHV, mask, scale=scale)
+    mask = reference.visible(segment, k_segment_BT, start_B + i * block, window=window)
+    return None, reference.attention_and_lse(q, k_BTHC, v_BTHV, mask, sink_H, scale=scale)
 
-  _, o_NBMHV = jax.lax.scan(one_block, None, jnp.arange(num_blocks))
+  _, (o_NBMHV, lse_NBHM) = jax.lax.scan(one_block, None, jnp.arange(num_blocks))
   o_BNMHV = jnp.moveaxis(o_NBMHV, 0, 1)
-  return o_BNMHV.reshape(*q_BSHC.shape[:3], v_BTHV.shape[-1])
+  lse_BHNM = jnp.moveaxis(lse_NBHM, 0, 2)
+  B, S, H = q_BSHC.shape[:3]
+  return o_BNMHV.reshape(B, S, H, -1), lse_BHNM.reshape(B, H, S)
