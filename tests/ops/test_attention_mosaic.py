@@ -1,6 +1,7 @@
 """The Hopper kernels of attention in the interpreter, with its race detector."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,25 @@ def test_runs_on_a_mesh_and_differentiates(interpreter):
   for got, want in zip(grads('mosaic'), grads('reference'), strict=True):
     # both round
     close(got, want, 2 * BFLOAT16)
+
+
+def test_remat_that_keeps_the_results_runs_the_forward_kernel_once(monkeypatch):
+  monkeypatch.setattr(mosaic, 'on_hopper', lambda: True)
+  (q, k, v, _), segment, _ = CASES['one_short_document'].operands()
+  names = jax.checkpoint_policies.save_only_these_names('attention_out', 'attention_lse')
+
+  def kernels(policy):
+    @functools.partial(jax.checkpoint, policy=policy)
+    def loss(q, k, v, segment):
+      o = attention(2 * q, k, v, segment, segment, jnp.zeros(1, jnp.int32), scale=SCALE)
+      return (o.astype(jnp.float32) ** 2).sum()
+
+    with jax.set_mesh(sh.make_mesh((1, 1, 1))):
+      args = *(jax.device_put(a, sh.HEADS) for a in (q, k, v)), jax.device_put(segment, sh.TOKENS)
+      return str(jax.make_jaxpr(jax.value_and_grad(loss))(*args)).count('attention_forward')
+
+  # a kernel is mentioned more than once
+  assert kernels(names) < kernels(None)
 
 
 @pytest.mark.parametrize('window', [None, 1, 3])

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moe_jax import sharding as sh
@@ -92,6 +93,8 @@ def _attend_forward(scale: float, q, k, v, first_BS, end_BS, sink_H=None):
   o, lse2 = mosaic_forward.forward(
     q, k, v, _whole_tiles(first_BS), sink_H, scale=scale, in_registers=_on_gpu()
   )
+  # for a remat policy to keep
+  o, lse2 = checkpoint_name(o, 'attention_out'), checkpoint_name(lse2, 'attention_lse')
   lse = lse2[:, :, : q.shape[1]] * math.log(2)
   return (o, lse), (q, k, v, o, lse2, first_BS, end_BS, sink_H)
 
