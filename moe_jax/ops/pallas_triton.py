@@ -14,7 +14,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from moe_jax.ops.grouped_matmul.layout import match_vma
+from moe_jax.ops.varying import match_vma
 
 _log = logging.getLogger(__name__)
 

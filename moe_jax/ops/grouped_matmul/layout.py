@@ -10,6 +10,8 @@ itself may leave gaps instead, so that groups start on round numbers.
 import jax
 import jax.numpy as jnp
 
+from moe_jax.ops.varying import match_vma as match_vma
+
 
 def padded_offsets(sizes_E: jax.Array, multiple: int) -> jax.Array:
   """First row of each expert when every group starts on a multiple of `multiple`.
@@ -30,18 +32,3 @@ def expert_of_row(num_rows: int, offsets_E: jax.Array) -> jax.Array:
   # an empty expert shares its offset with its successor, and the last of equals is the owner
   owner_R = jnp.searchsorted(offsets_E, row_R, side='right', method='compare_all') - 1
   return jnp.maximum(owner_R, 0)
-
-
-def match_vma(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """Marks all arrays as varying over every mesh axis that any of them varies over.
-
-  Inside shard_map a custom derivative must return gradients that vary like its inputs. Marking
-  the inputs first makes that true, and the transpose of the mark is the sum over devices that a
-  replicated weight's gradient needs.
-  """
-  varying = [jax.typeof(a).mat.varying for a in arrays]
-  axes = frozenset().union(*varying)
-  return tuple(
-    jax.lax.pcast(a, tuple(axes - have), to='varying')
-    for a, have in zip(arrays, varying, strict=True)
-  )

@@ -55,6 +55,14 @@ def _gather_kernel(x_ref, token_ref, out_ref, *, rows, width):
 def gather_rows(
   x_TD: jax.Array, token_R: jax.Array, *, elements: int = _ELEMENTS, num_warps: int = 4
 ) -> jax.Array:
+  if x_TD.dtype.itemsize == 1:
+    bits_TD = jax.lax.bitcast_convert_type(x_TD, jnp.int8)
+    bits_RD = _gather(bits_TD, token_R, elements, num_warps)
+    return jax.lax.bitcast_convert_type(bits_RD, x_TD.dtype)
+  return _gather(x_TD, token_R, elements, num_warps)
+
+
+def _gather(x_TD, token_R, elements, num_warps):
   d, width = x_TD.shape[1], _width(x_TD.shape[1])
   rows = elements // width
   return pallas_triton.call(

@@ -7,7 +7,8 @@ operands says what their gradient is.
 
 import jax
 
-from moe_jax.ops.quantize import reference
+from moe_jax.ops import pallas_triton
+from moe_jax.ops.quantize import reference, triton
 from moe_jax.ops.quantize.format import TILE, Format, Quantized
 from moe_jax.ops.quantize.reference import (
   dequantize_blocks,
@@ -22,6 +23,8 @@ __all__ = [
   'dequantize_blocks',
   'dequantize_rows',
   'quantize_blocks',
+  'quantize_blocks_and_transposed',
+  'quantize_blocks_transposed',
   'quantize_columns',
   'quantize_rows',
   'quantize_rows_and_columns',
@@ -34,42 +37,110 @@ __all__ = [
 E4M3 = Format()
 
 
-def quantize_rows(x_RK: jax.Array, fmt: Format = E4M3) -> Quantized:
+def quantize_rows(
+  x_RK: jax.Array, fmt: Format = E4M3, *, implementation: str | None = None
+) -> Quantized:
   """A scale for each 128 values of a row: values [R, K], scale [K/128, R]."""
-  _check(x_RK, multiples=(1, TILE))
-  return reference.rows(x_RK, fmt)
+  return _tiles(x_RK, fmt, None, implementation, by_row=True)[0]
 
 
-def quantize_columns(x_RK: jax.Array, fmt: Format = E4M3) -> Quantized:
-  """The quantised rows of x transposed: values [K, R], scale [R/128, K]."""
-  _check(x_RK, multiples=(TILE, 1))
-  return reference.columns(x_RK, fmt)
+def quantize_columns(
+  x_RK: jax.Array,
+  fmt: Format = E4M3,
+  *,
+  token_R: jax.Array | None = None,
+  implementation: str | None = None,
+) -> Quantized:
+  """The quantised rows of x transposed: values [K, R], scale [R/128, K].
+
+  With token_R the columns are those of x[token_R], which is never in memory; a token past the end
+  of x makes a row of zeros.
+  """
+  return _tiles(x_RK, fmt, token_R, implementation, by_column=True)[0]
 
 
-def quantize_rows_and_columns(x_RK: jax.Array, fmt: Format = E4M3) -> tuple[Quantized, Quantized]:
+def quantize_rows_and_columns(
+  x_RK: jax.Array,
+  fmt: Format = E4M3,
+  *,
+  token_R: jax.Array | None = None,
+  implementation: str | None = None,
+) -> tuple[Quantized, Quantized]:
   """Both of the above from one reading of x."""
-  _check(x_RK, multiples=(TILE, TILE))
-  return reference.rows(x_RK, fmt), reference.columns(x_RK, fmt)
+  row, column = _tiles(x_RK, fmt, token_R, implementation, by_row=True, by_column=True)
+  return row, column
 
 
-def quantize_blocks(w_DF: jax.Array, fmt: Format = E4M3) -> Quantized:
+def quantize_blocks(
+  w_DF: jax.Array, fmt: Format = E4M3, *, implementation: str | None = None
+) -> Quantized:
   """A scale for each 128 x 128 values of the last two dimensions: scale [..., D/128, F/128]."""
-  _check(w_DF, multiples=(TILE, TILE), any_rank=True)
-  return reference.blocks(w_DF, fmt)
+  return _blocks(w_DF, fmt, ('plain',), implementation)[0]
+
+
+def quantize_blocks_transposed(
+  w_DF: jax.Array, fmt: Format = E4M3, *, implementation: str | None = None
+) -> Quantized:
+  """`transpose_blocks` of the above, [..., F, D], without making the above."""
+  return _blocks(w_DF, fmt, ('transposed',), implementation)[0]
+
+
+def quantize_blocks_and_transposed(
+  w_DF: jax.Array, fmt: Format = E4M3, *, implementation: str | None = None
+) -> tuple[Quantized, Quantized]:
+  """Both of the above from one reading of w."""
+  plain, transposed = _blocks(w_DF, fmt, ('plain', 'transposed'), implementation)
+  return plain, transposed
 
 
 def quantize_tensor(x: jax.Array, fmt: Format = E4M3) -> Quantized:
-  """One scale for all of x."""
+  """One scale for all of x. XLA needs two passes, and so would anyone."""
   return reference.tensor(x, fmt)
 
 
-def _check(x: jax.Array, *, multiples: tuple[int, int], any_rank: bool = False) -> None:
-  if x.ndim < 2 or (x.ndim > 2 and not any_rank):
-    raise ValueError(
-      f'quantize: x has shape {x.shape}, must be {"[..., D, F]" * any_rank or "2-D"}.'
-    )
-  for dim, multiple in zip((-2, -1), multiples, strict=True):
-    if x.shape[dim] % multiple:
-      raise ValueError(
-        f'quantize: dimension {dim} of {x.shape} must be a multiple of {multiple}; pad it.'
-      )
+def _tiles(
+  x_RK: jax.Array,
+  fmt: Format,
+  token_R: jax.Array | None,
+  implementation: str | None,
+  *,
+  by_row: bool = False,
+  by_column: bool = False,
+) -> tuple[Quantized, ...]:
+  if x_RK.ndim != 2:
+    raise ValueError(f'quantize: x has shape {x_RK.shape}, must be [R, K].')
+  num_rows = x_RK.shape[0] if token_R is None else token_R.shape[0]
+  problem = pallas_triton.unavailable()
+  if by_row:
+    _check('width', x_RK.shape[1])
+  if by_column:
+    _check('number of rows', num_rows)
+    if x_RK.shape[1] % TILE and not problem:
+      problem = f'needs a width that is a multiple of {TILE}, got {x_RK.shape[1]}'
+  if pallas_triton.choose('quantize', implementation, problem) == 'triton':
+    return triton.quantize(x_RK, fmt, token_R=token_R, by_row=by_row, by_column=by_column)
+  if token_R is not None:
+    x_RK = x_RK.at[token_R].get(mode='fill', fill_value=0)
+  rows = (reference.rows(x_RK, fmt),) if by_row else ()
+  return rows + ((reference.columns(x_RK, fmt),) if by_column else ())
+
+
+def _blocks(
+  w_DF: jax.Array, fmt: Format, want: tuple[str, ...], implementation: str | None
+) -> tuple[Quantized, ...]:
+  if w_DF.ndim < 2:
+    raise ValueError(f'quantize: w has shape {w_DF.shape}, must be [..., D, F].')
+  _check('height', w_DF.shape[-2])
+  _check('width', w_DF.shape[-1])
+  choice = pallas_triton.choose('quantize', implementation, pallas_triton.unavailable())
+  if choice == 'triton':
+    found = triton.blocks(w_DF.reshape(-1, *w_DF.shape[-2:]), fmt, want=want)
+    lead = w_DF.shape[:-2]
+    return tuple(Quantized(*(a.reshape(*lead, *a.shape[1:]) for a in q)) for q in found)
+  plain = reference.blocks(w_DF, fmt)
+  return tuple(plain if name == 'plain' else transpose_blocks(plain) for name in want)
+
+
+def _check(what: str, size: int) -> None:
+  if size % TILE:
+    raise ValueError(f'quantize: a {what} of {size} must be a multiple of {TILE}; pad it.')

@@ -1,0 +1,94 @@
+"""SwiGLU on gate and up side by side, its gradient in one pass, and both straight to FP8.
+
+None of these has a gradient of its own but `swiglu`: ops/experts puts them together.
+"""
+
+from types import ModuleType
+
+import jax
+
+from moe_jax.ops import pallas_triton
+from moe_jax.ops.quantize import Format, Quantized, quantize_rows
+from moe_jax.ops.quantize import reference as quantizers
+from moe_jax.ops.quantize.format import TILE
+from moe_jax.ops.swiglu import reference, triton
+from moe_jax.ops.swiglu.reference import swiglu
+
+__all__ = [
+  'swiglu',
+  'swiglu_backward',
+  'swiglu_backward_quantized',
+  'swiglu_forward',
+  'swiglu_rows',
+]
+
+# R rows  F width of gate and of up
+
+_BACKENDS: dict[str, ModuleType] = {'triton': triton, 'xla': reference}
+
+
+def swiglu_forward(h_R2F: jax.Array, *, limit: float = 0.0) -> jax.Array:
+  """swiglu of the two halves: [R, F]. XLA makes one pass of it on every device."""
+  return reference.forward(h_R2F, limit=limit)
+
+
+def swiglu_backward(
+  da_RF: jax.Array,
+  h_R2F: jax.Array,
+  weight_R: jax.Array,
+  *,
+  limit: float = 0.0,
+  implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Gradients of weight * f(swiglu(h)), given da = the gradient of f alone.
+
+  Returns the gradient in h, [R, 2F]; weight * swiglu(h), [R, F], the left operand of the gradient in
+  f's matrix; and the gradient in the weight, float32 [R].
+  """
+  name = pallas_triton.choose('swiglu_backward', implementation, pallas_triton.unavailable())
+  return _BACKENDS[name].backward(da_RF, h_R2F, weight_R, limit=limit)
+
+
+def swiglu_rows(
+  h_R2F: jax.Array, fmt: Format, *, limit: float = 0.0, implementation: str | None = None
+) -> Quantized:
+  """swiglu of the two halves, quantised by rows without having been rounded before."""
+  f = h_R2F.shape[1] // 2
+  _check(f)
+  if pallas_triton.choose('swiglu_rows', implementation, pallas_triton.unavailable()) == 'triton':
+    return triton.forward_rows(h_R2F, fmt, limit=limit)
+  return quantize_rows(swiglu(*reference.halves(h_R2F), limit=limit), fmt, implementation='xla')
+
+
+def swiglu_backward_quantized(
+  da_RF: jax.Array,
+  h_R2F: jax.Array,
+  weight_R: jax.Array,
+  fmt: Format,
+  *,
+  limit: float = 0.0,
+  implementation: str | None = None,
+) -> tuple[Quantized, Quantized, Quantized, jax.Array]:
+  """As `swiglu_backward`: rows and columns of the gradient in h; columns of weight * swiglu(h)."""
+  _check(da_RF.shape[1])
+  if da_RF.shape[0] % TILE:
+    raise ValueError(f'swiglu: {da_RF.shape[0]} rows must be a multiple of {TILE}; pad them.')
+  op, problem = 'swiglu_backward_quantized', pallas_triton.unavailable()
+  if pallas_triton.choose(op, implementation, problem) == 'triton':
+    return triton.backward_quantized(da_RF, h_R2F, weight_R, fmt, limit=limit)
+  gate_RF, up_RF = reference.halves(h_R2F)
+  dgate, dup, a, dweight = reference.gradients(
+    da_RF, gate_RF, up_RF, weight_R[:, None], limit=limit
+  )
+  dh_R2F = jax.numpy.concatenate([dgate, dup], axis=1)
+  return (
+    quantizers.rows(dh_R2F, fmt),
+    quantizers.columns(dh_R2F, fmt),
+    quantizers.columns(a, fmt),
+    dweight.sum(1),
+  )
+
+
+def _check(f: int) -> None:
+  if f % TILE:
+    raise ValueError(f'swiglu: a width of {f} must be a multiple of {TILE} to be quantised.')

@@ -1,0 +1,149 @@
+"""Triton kernels for SwiGLU: its gradient in one pass, and both directions ending in FP8.
+
+backward   program: some rows x 128 to 512 columns of gate and of up, all F in turn, so that the
+           gradient in the weight is summed in registers. Reads da, gate, up once; writes the
+           gradients of both and weight * a.
+quantised  program: a tile of 128 columns, quantised as it is computed (ops/quantize/triton.py); the
+           gradient in the weight leaves as one partial sum a tile.
+"""
+
+# R rows  F width of gate and of up
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from moe_jax.ops import pallas_triton
+from moe_jax.ops.quantize.format import TILE, Format, Quantized
+from moe_jax.ops.quantize.triton import grid_of, rows_out, store_columns, store_rows
+from moe_jax.ops.swiglu import reference
+
+
+def _backward_kernel(da_ref, h_ref, w_ref, dh_ref, a_ref, dw_ref, *, rows, width, limit):
+  num_rows, f = da_ref.shape
+  row = pl.program_id(0) * rows + jnp.arange(rows)
+  weight = plt.load(w_ref.at[row], mask=row < num_rows, other=0.0)[:, None]
+
+  def part(i, total):
+    at, at_up = (grid_of(row, start + i * width + jnp.arange(width)) for start in (0, f))
+    mask = (at[0] < num_rows) & (at[1] < f)
+    load = lambda ref, at: plt.load(ref.at[at], mask=mask, other=0.0).astype(jnp.float32)
+    dgate, dup, a, dweight = reference.gradients(
+      load(da_ref, at), load(h_ref, at), load(h_ref, at_up), weight, limit=limit
+    )
+    plt.store(dh_ref.at[at], dgate.astype(dh_ref.dtype), mask=mask)
+    plt.store(dh_ref.at[at_up], dup.astype(dh_ref.dtype), mask=mask)
+    plt.store(a_ref.at[at], a.astype(a_ref.dtype), mask=mask)
+    return total + dweight.sum(1)
+
+  steps = pl.cdiv(f, width)
+  zero = jnp.zeros(rows, jnp.float32)
+  total = part(0, zero) if steps == 1 else jax.lax.fori_loop(0, steps, part, zero)
+  plt.store(dw_ref.at[row], total, mask=row < num_rows)
+
+
+def backward(
+  da_RF: jax.Array,
+  h_R2F: jax.Array,
+  weight_R: jax.Array,
+  *,
+  limit: float,
+  elements: int = 2048,
+  num_warps: int = 4,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  num_rows, f = da_RF.shape
+  width = min(512, max(128, pl.next_power_of_2(f)))
+  rows = max(1, elements // width)
+  return pallas_triton.call(
+    functools.partial(_backward_kernel, rows=rows, width=width, limit=limit),
+    da_RF,
+    h_R2F,
+    weight_R,
+    grid=(pl.cdiv(num_rows, rows),),
+    out=(
+      jax.ShapeDtypeStruct(h_R2F.shape, h_R2F.dtype),
+      jax.ShapeDtypeStruct(da_RF.shape, da_RF.dtype),
+      jax.ShapeDtypeStruct((num_rows,), jnp.float32),
+    ),
+    num_warps=num_warps,
+    # each program reads what it then replaces
+    aliases={0: 1, 1: 0},
+  )
+
+
+def _place(rows, f):
+  pid, columns = pl.program_id(0), jnp.int32(f // TILE)
+  row = jax.lax.div(pid, columns) * rows + jnp.arange(rows)
+  return row, jax.lax.rem(pid, columns) * TILE + jnp.arange(TILE)
+
+
+def _load(ref, row, col):
+  at = grid_of(row, col)
+  return plt.load(ref.at[at], mask=at[0] < ref.shape[0], other=0.0).astype(jnp.float32)
+
+
+def _forward_rows_kernel(h_ref, values_ref, scale_ref, *, rows, limit, fmt):
+  f = values_ref.shape[1]
+  row, col = _place(rows, f)
+  a = reference.swiglu(_load(h_ref, row, col), _load(h_ref, row, f + col), limit=limit)
+  store_rows(a, values_ref, scale_ref, row, col, fmt)
+
+
+def forward_rows(
+  h_R2F: jax.Array, fmt: Format, *, limit: float, rows: int = 32, num_warps: int = 4
+) -> Quantized:
+  num_rows, f = h_R2F.shape[0], h_R2F.shape[1] // 2
+  return pallas_triton.call(
+    functools.partial(_forward_rows_kernel, rows=rows, limit=limit, fmt=fmt),
+    h_R2F,
+    grid=(pl.cdiv(num_rows, rows) * (f // TILE),),
+    out=rows_out(num_rows, f, fmt),
+    num_warps=num_warps,
+  )
+
+
+def _backward_quantized_kernel(da_ref, h_ref, w_ref, *refs, limit, fmt):
+  f = da_ref.shape[1]
+  row, col = _place(TILE, f)
+  weight = plt.load(w_ref.at[row])[:, None]
+  gate, up = _load(h_ref, row, col), _load(h_ref, row, f + col)
+  dgate, dup, a, dweight = reference.gradients(
+    _load(da_ref, row, col), gate, up, weight, limit=limit
+  )
+  for part, at in ((dgate, col), (dup, f + col)):
+    store_rows(part, *refs[:2], row, at, fmt)
+    store_columns(part, *refs[2:4], row, at, fmt)
+  store_columns(a, *refs[4:6], row, col, fmt)
+  step = jnp.full_like(row, 0) + jax.lax.div(col.min(), TILE)
+  plt.store(refs[6].at[step, row], dweight.sum(1))
+
+
+def backward_quantized(
+  da_RF: jax.Array,
+  h_R2F: jax.Array,
+  weight_R: jax.Array,
+  fmt: Format,
+  *,
+  limit: float,
+  num_warps: int = 8,
+) -> tuple[Quantized, Quantized, Quantized, jax.Array]:
+  """Rows and columns of the gradient in h, columns of weight * a, the gradient in the weight."""
+  num_rows, f = da_RF.shape
+  out = rows_out(num_rows, 2 * f, fmt), rows_out(2 * f, num_rows, fmt), rows_out(f, num_rows, fmt)
+  *found, dweight_CR = pallas_triton.call(
+    functools.partial(_backward_quantized_kernel, limit=limit, fmt=fmt),
+    da_RF,
+    h_R2F,
+    weight_R,
+    grid=(num_rows // TILE * (f // TILE),),
+    out=[
+      *(part for q in out for part in q),
+      jax.ShapeDtypeStruct((f // TILE, num_rows), jnp.float32),
+    ],
+    num_warps=num_warps,
+  )
+  dh, dh_t, a_t = (Quantized(*found[i : i + 2]) for i in (0, 2, 4))
+  return dh, dh_t, a_t, dweight_CR.sum(0)
