@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import P
 
 from moe_jax import sharding as sh
-from moe_jax.ops.experts import swiglu
 from moe_jax.ops.norm import layer_norm, rms_norm
+from moe_jax.ops.swiglu import swiglu
 from moe_jax.precision import Policy
 
 # B batch  S sequence  D model  F width
@@ -60,7 +60,7 @@ class FeedForward(nn.Module):
   d_ff: int
   std: float
   policy: Policy
-  swiglu_limit: float = 0.0  # see ops.experts.swiglu
+  swiglu_limit: float = 0.0  # see ops.swiglu
 
   @nn.compact
   def __call__(self, x_BSD: jax.Array) -> jax.Array:

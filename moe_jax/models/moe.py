@@ -12,7 +12,7 @@ from moe_jax.config import MoEConfig
 from moe_jax.models.attention.base import Where
 from moe_jax.models.layers import FeedForward, weight
 from moe_jax.ops.experts import expert_mlp
-from moe_jax.ops.route import hash_table, scores, top_k_route, weigh
+from moe_jax.ops.route import gate_logits, hash_table, scores, top_k_route, weigh
 from moe_jax.precision import Policy
 from moe_jax.routing import Gate, Idea
 from moe_jax.routing.base import selected
@@ -46,11 +46,7 @@ class MoE(nn.Module):
     gate_up_ED2F = weight(self, 'gate_up_ED2F', (E, D, 2, F), sh.EXPERTS_ED2F, std=self.std)
     down_EFD = weight(self, 'down_EFD', (E, F, D), sh.EXPERTS_EFD, std=self.std)
 
-    # the gate stays float32 under every policy: a rounded score sends a token elsewhere
-    router_DE = jax.sharding.reshard(router_DE, sh.gathered(sh.MATRIX_DX))
-    logits_BSE = jnp.einsum(
-      'bsd,de->bse', x_BSD.astype(jnp.float32), router_DE, precision='highest'
-    )
+    logits_BSE = gate_logits(x_BSD, jax.sharding.reshard(router_DE, sh.gathered(sh.MATRIX_DX)))
     logits_BSE = checkpoint_name(logits_BSE, 'router_logits')
     score_BSE = scores(logits_BSE, c.score)
     expert_BSK, weight_BSK = (self._hash if self.num_hash_ids else self._choose)(score_BSE, where)

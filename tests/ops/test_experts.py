@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 from moe_jax import sharding as sh
 from moe_jax.ops.experts import expert_mlp
+from moe_jax.ops.experts.local import local_experts
 
 B, S, D, F, E, K = 8, 4, 8, 6, 8, 3
 
@@ -131,3 +132,34 @@ def test_experts_of_bfloat16_return_bfloat16_close_to_float32():
   exact = naive(x, route, weight, gate_up, down)
   # the hidden layer and each expert's output are rounded to 8 bits: 2^-8 of the largest of them
   np.testing.assert_allclose(y.astype(np.float32), exact, atol=2**-7 * np.abs(exact).max())
+
+
+def test_what_is_kept_for_the_backward_pass_is_the_tokens_and_the_hidden_layer():
+  T, D, F, E, K = 64, 256, 128, 8, 4
+  shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
+  x, weight, route = shape(T, D), shape(T, K, dtype=jnp.float32), shape(T, K, dtype=jnp.int32)
+  matrices = shape(E, D, 2, F), shape(E, F, D)
+
+  def backward(x, weight, gate_up, down, route):
+    run = lambda *a: local_experts(a[0], route, *a[1:], rows=T * K, limit=0.0)
+    return jax.vjp(run, x, weight, gate_up, down)[1]
+
+  kept = jax.tree.leaves(jax.eval_shape(backward, x, weight, *matrices, route))
+  activations = [a for a in kept if a.ndim != 3 and a.dtype == jnp.bfloat16]
+  assert sum(a.size * 2 for a in activations) <= 2 * T * D + 4 * T * K * F
+  # the weight, the row and the choice of each row, and two numbers an expert
+  plan = [a for a in kept if a.dtype != jnp.bfloat16]
+  assert sum(a.size for a in plan) <= 3 * T * K + 2 * E
+  assert len(kept) == len(activations) + len(plan) + len(matrices)
+
+
+def test_a_remat_policy_may_keep_the_hidden_layer():
+  x, weight, gate_up, down = operands()
+  x, weight, route = (a.reshape(B * S, -1) for a in (x, weight, jnp.asarray(routes('mixed'))))
+  keep = jax.checkpoint_policies.save_only_these_names('expert_hidden')
+  run = lambda x: local_experts(x, route, weight, gate_up, down, rows=B * S * K, limit=0.0)
+  kept = jax.tree.leaves(
+    jax.eval_shape(lambda x: jax.vjp(jax.checkpoint(run, policy=keep), x)[1], x)
+  )
+  shapes = [a.shape for a in kept]
+  assert (B * S * K, 2 * F) in shapes and (B * S * K, D) not in shapes

@@ -197,24 +197,18 @@ def test_triton_counts_ranks_as_sorting_does(n, e):
   np.testing.assert_array_equal(rank[key_N < e], expected[key_N < e])
 
 
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float8_e4m3fn], ids=['bf16', 'fp8'])
-def test_triton_gathers_rows_as_indexing_does(dtype):
-  x_TD = jax.random.normal(jax.random.key(0), (30, 136)).astype(dtype)
-  token_R = jax.random.randint(jax.random.key(1), (77,), 0, 31)  # 30 is not there
-  found, expected = (m.gather_rows(x_TD, token_R) for m in (triton, reference))
-  np.testing.assert_array_equal(found.astype(jnp.float32), expected.astype(jnp.float32))
-
-
-@pytest.mark.parametrize('weighted', [True, False], ids=['weighted', 'plain'])
-def test_triton_sums_rows_as_the_reference_does_and_reads_no_other(weighted):
-  y_RD = jax.random.normal(jax.random.key(0), (50, 136), jnp.bfloat16).at[7].set(jnp.nan)
-  row_TK = jax.random.randint(jax.random.key(1), (21, 3), 8, 54)  # from 50 on, not there
-  weight_TK = jax.random.normal(jax.random.key(2), (21, 3)) if weighted else None
-  found, expected = (m.sum_rows(y_RD, row_TK, weight_TK) for m in (triton, reference))
-  # sums of three in another order, rounded to 8 bits
-  np.testing.assert_allclose(
-    found.astype(jnp.float32), expected.astype(jnp.float32), rtol=2.0**-8, atol=1e-6
+@pytest.mark.parametrize(
+  ('name', 'dtype'), [('mixed', jnp.float8_e4m3fn), ('one_without_tokens', jnp.bfloat16)]
+)
+def test_triton_spreads_tokens_as_indexing_does(name, dtype):
+  destination_TK = choices(name)
+  plan = make(destination_TK)[0]
+  x_TD = jax.random.normal(jax.random.key(0), (len(destination_TK), 136)).astype(dtype)
+  found, expected = (
+    m.spread_rows(x_TD, plan.token_R, plan.row_TK)[: plan.size_E.sum()].astype(jnp.float32)
+    for m in (triton, reference)
   )
+  np.testing.assert_array_equal(found, expected)
 
 
 def test_a_named_implementation_that_cannot_run_says_why():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.ops.route import keep_top_groups, scores, top_k_route
+from moe_jax.ops.route import gate_logits, keep_top_groups, reference, scores, top_k_route, triton
 
 # T tokens  E experts  K experts a token
 T, E = 50, 16
@@ -124,3 +124,41 @@ def test_scores_of_bfloat16_logits_are_float32():
 def test_unknown_score_is_refused_with_the_known_ones():
   with pytest.raises(ValueError, match=r"score='relu' is not one of softmax, sigmoid"):
     scores(LOGITS, 'relu')
+
+
+@pytest.mark.parametrize(
+  ('experts', 'options'),
+  [
+    (256, dict(k=8, num_groups=8, top_groups=4, group_score='top2')),
+    (160, dict(k=6, num_groups=8, top_groups=3, group_score='max')),
+    (24, dict(k=3, num_groups=1, top_groups=1, group_score='top2')),
+  ],
+  ids=['v3', 'v2', 'not_a_power_of_two'],
+)
+def test_triton_chooses_as_the_reference_does_ties_included(experts, options):
+  score_TE = jax.random.normal(jax.random.key(0), (41, experts)).at[3].set(1.0)
+  bias_E = jax.random.normal(jax.random.key(1), (experts,))
+  expected = reference.choose(score_TE, bias_E, **options)
+  np.testing.assert_array_equal(triton.choose(score_TE, bias_E, **options), expected)
+
+
+def test_triton_gives_valid_experts_to_scores_that_are_not_numbers():
+  score_TE = jnp.full((2, E), jnp.nan)
+  options = dict(k=4, num_groups=4, top_groups=2, group_score='top2')
+  expert_TK = np.asarray(triton.choose(score_TE, NO_BIAS, **options))
+  assert ((expert_TK >= 0) & (expert_TK < E)).all()
+
+
+def test_gate_of_bfloat16_tokens_is_a_float32_product_with_its_gradients():
+  keys = jax.random.split(jax.random.key(0), 3)
+  x_BSD = jax.random.normal(keys[0], (2, 64, 512), jnp.bfloat16)
+  router_DE = jax.random.normal(keys[1], (512, 32))
+  dlogits_BSE = jax.random.normal(keys[2], (2, 64, 32))
+  logits, vjp = jax.vjp(gate_logits, x_BSD, router_DE)
+  x, r, d = (np.asarray(a, np.float64) for a in (x_BSD, router_DE, dlogits_BSE))
+  # 512 and 128 terms of order 1, summed in float32
+  np.testing.assert_allclose(logits, x @ r, atol=512 * 2.0**-22)
+  dx, drouter = vjp(dlogits_BSE)
+  np.testing.assert_allclose(drouter, np.einsum('bsd,bse->de', x, d), atol=128 * 2.0**-22)
+  assert dx.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.asarray(dx, np.float64), d @ r.T, rtol=2.0**-8, atol=1e-3)

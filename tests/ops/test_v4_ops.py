@@ -7,11 +7,11 @@ import pytest
 
 from moe_jax.ops.compress import closed_windows, compress
 from moe_jax.ops.entry_index import index_loss, select_top_k
-from moe_jax.ops.experts import swiglu
 from moe_jax.ops.hyper_connections import sinkhorn
 from moe_jax.ops.rope import frequencies, rotate_last
 from moe_jax.ops.route import hash_table, scores
 from moe_jax.ops.sink_attention import entries_visible, sink_attention, window_visible
+from moe_jax.ops.swiglu import swiglu
 
 RANDOM = np.random.default_rng(0)
 

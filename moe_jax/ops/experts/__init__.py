@@ -9,27 +9,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moe_jax import sharding as sh
-from moe_jax.ops.grouped_matmul import grouped_matmul
-from moe_jax.ops.permute import (
-  bucket_by_destination,
-  combine,
-  dispatch,
-  sort_by_destination,
-)
+from moe_jax.ops.experts.local import local_experts
+from moe_jax.ops.permute import bucket_by_destination, combine, dispatch
 
 # B batch  S sequence  T tokens of one device  D model  F width  E experts  K experts a token
 # P devices on the expert axis
-
-
-def swiglu(gate: Array, up: Array, *, limit: float = 0.0) -> Array:
-  """silu(gate) * up; with a `limit`, gate is at most that, and up within plus and minus that."""
-  if limit:
-    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-  return jax.nn.silu(gate) * up
 
 
 def expert_mlp(
@@ -49,7 +36,7 @@ def expert_mlp(
     weight_BSK: float32 gate weights.
     gate_up_ED2F: stored shares, split as `sharding.EXPERTS_ED2F`; gathered over `data` here.
     down_EFD: likewise, `sharding.EXPERTS_EFD`.
-    swiglu_limit: clamp of gate and up values, see `swiglu`; 0 for none.
+    swiglu_limit: clamp of gate and up values, see ops.swiglu; 0 for none.
 
   Gradients reach x, the weights and both matrices.
   """
@@ -71,7 +58,7 @@ def _on_device(x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD, *, limit):
     for a in (x_BSD, expert_BSK, weight_BSK)
   )
   if jax.lax.axis_size(sh.EXPERT) == 1:
-    y_TD = _local_experts(
+    y_TD = local_experts(
       x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, rows=len(x_TD) * K, limit=limit
     )
   else:
@@ -101,7 +88,7 @@ def _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, *, limit):
   local_RK = jax.lax.all_to_all(local_RK.reshape(num_devices, T, K), sh.EXPERT, 0, 0).reshape(
     num_devices * T, K
   )
-  y_RD = _local_experts(
+  y_RD = local_experts(
     send(x_TD), local_RK, send(weight_TK), gate_up_ED2F, down_EFD,
     rows=num_devices * T * min(K, local), limit=limit,
   )  # fmt: skip
@@ -109,16 +96,3 @@ def _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, *, limit):
     num_devices * T, -1
   )
   return combine(back_RD, visits_TP.astype(jnp.float32), plan)
-
-
-def _local_experts(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, *, rows, limit):
-  """Experts of this device for the tokens that are here; choice E means an expert elsewhere."""
-  E, D, _, F = gate_up_ED2F.shape
-  plan = sort_by_destination(expert_TK, num_destinations=E, num_rows=rows)
-  plan = checkpoint_name(plan, 'expert_plan')
-  x_RD = dispatch(x_TD, plan)
-  h_R2F = grouped_matmul(x_RD, gate_up_ED2F.reshape(E, D, 2 * F), plan.size_E)
-  h_R2F = checkpoint_name(h_R2F, 'expert_hidden')
-  h_RF = swiglu(h_R2F[:, :F], h_R2F[:, F:], limit=limit)
-  y_RD = grouped_matmul(h_RF, down_EFD, plan.size_E)
-  return combine(checkpoint_name(y_RD, 'expert_out'), weight_TK, plan)

@@ -19,7 +19,7 @@ from jax.core import Tracer
 from moe_jax.ops.grouped_matmul import layout, mosaic_gpu, xla
 from moe_jax.ops.grouped_matmul.layout import padded_offsets
 
-__all__ = ['grouped_matmul', 'padded_offsets', 'weight_grad']
+__all__ = ['grouped_matmul', 'input_grad', 'padded_offsets', 'weight_grad']
 
 _BACKENDS: dict[str, ModuleType] = {'mosaic': mosaic_gpu, 'xla': xla}
 _log = logging.getLogger(__name__)
@@ -56,6 +56,24 @@ def grouped_matmul(
     offsets_E = layout.compact_offsets(sizes_E)
   backend = _choose(implementation, x_RD, *w_EDF.shape[1:])
   return _grouped_matmul(backend, *layout.match_vma(x_RD, w_EDF, offsets_E, sizes_E))
+
+
+def input_grad(
+  dy_RF: jax.Array,
+  w_EDF: jax.Array,
+  sizes_E: jax.Array,
+  *,
+  offsets_E: jax.Array | None = None,
+  implementation: str | None = None,
+) -> jax.Array:
+  """The gradient of grouped_matmul in its rows, dy[r] @ w[e].T, for who needs it alone."""
+  if dy_RF.shape[1] != w_EDF.shape[2]:
+    raise ValueError(f'dy {dy_RF.shape} and w {w_EDF.shape} must be [R, F] and [E, D, F].')
+  if offsets_E is None:
+    offsets_E = layout.compact_offsets(sizes_E)
+  backend = _choose(implementation, dy_RF, *w_EDF.shape[1:])
+  dy_RF, w_EDF, *groups = layout.match_vma(dy_RF, w_EDF, offsets_E, sizes_E)
+  return _BACKENDS[backend].forward(dy_RF, w_EDF.astype(dy_RF.dtype), *groups, transpose_w=True)
 
 
 def weight_grad(

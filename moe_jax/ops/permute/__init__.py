@@ -15,15 +15,16 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_jax.ops import pallas_triton
 from moe_jax.ops.grouped_matmul import padded_offsets
 from moe_jax.ops.permute import reference, triton
+from moe_jax.ops.permute.reference import gather_rows, sum_rows
 
 __all__ = [
   'Plan',
   'bucket_by_destination',
   'combine',
   'dispatch',
-  'gather_rows',
   'padded_rows',
   'sort_by_destination',
+  'spread_rows',
   'sum_rows',
 ]
 
@@ -104,27 +105,12 @@ def _plan(row_TK: Array, num_rows: int, size_E: Array, offset_E: Array) -> Plan:
   return Plan(choice_R, row_TK, size_E, offset_E)
 
 
-def gather_rows(
-  x_TD: Float[Array, 'T D'], token_R: Int[Array, 'R'], *, implementation: str | None = None
+def spread_rows(
+  x_TD: Float[Array, 'T D'], plan: Plan, *, implementation: str | None = None
 ) -> Float[Array, 'R D']:
-  """x[token], and zeros for a token that is not there (T or more). Not differentiable."""
-  name = pallas_triton.choose('gather_rows', implementation, pallas_triton.unavailable())
-  return _BACKENDS[name].gather_rows(x_TD, token_R)
-
-
-def sum_rows(
-  y_RD: Float[Array, 'R D'],
-  row_TK: Int[Array, 'T K'],
-  weight_TK: Float[Array, 'T K'] | None = None,
-  *,
-  implementation: str | None = None,
-) -> Float[Array, 'T D']:
-  """The sum over k of weight[t, k] * y[row[t, k]], in float32, rounded once to y's dtype.
-
-  A row that is not there (R or more) adds nothing. Not differentiable.
-  """
-  name = pallas_triton.choose('sum_rows', implementation, pallas_triton.unavailable())
-  return _BACKENDS[name].sum_rows(y_RD, row_TK, weight_TK)
+  """Each token in the rows of its choices. Unused rows hold anything. Not differentiable."""
+  name = pallas_triton.choose('spread_rows', implementation, pallas_triton.unavailable())
+  return _BACKENDS[name].spread_rows(x_TD, plan.token_R, plan.row_TK)
 
 
 def _no_gradient(tree):

@@ -11,6 +11,12 @@ def gather_rows(x_TD: Array, token_R: Int[Array, 'R']) -> Array:
   return x_TD.at[token_R].get(mode='fill', fill_value=0)
 
 
+def spread_rows(x_TD: Array, token_R: Int[Array, 'R'], row_TK: Int[Array, 'T K']) -> Array:
+  """Each token in each of its rows; both index arrays say the same, one from either side."""
+  del row_TK
+  return gather_rows(x_TD, token_R)
+
+
 def sum_rows(
   y_RD: Array, row_TK: Int[Array, 'T K'], weight_TK: Float[Array, 'T K'] | None = None
 ) -> Array:

@@ -1,9 +1,8 @@
-"""Triton kernels that move rows, bound by memory, and that count, bound by arithmetic.
+"""Triton kernels that copy tokens to their rows, bound by memory, and that count.
 
-gather_rows  program: some rows x up to 1024 columns. Reads each row it names, from L2 when tokens
-             come in order, and writes R * D once.
-sum_rows     program: some tokens x up to 1024 columns, the K rows of a token added in registers in
-             the order of k. Reads every named row once and writes T * D.
+spread_rows  program: some tokens x up to 1024 columns, read once and written to each of the K rows
+             of each token: T * D in, R * D out. Reading in row order instead would fetch most
+             tokens K times, as an expert's tokens are spread over more than the L2 cache holds.
 ranks        counting sort in two passes over N keys: the histogram of each block of keys; then, by
              the sums of earlier histograms, the place of each key, by a running count of every key
              value in turn. N * E additions in each, against a radix sort's several passes.
@@ -20,8 +19,6 @@ from jax.experimental.pallas import triton as plt
 
 from moe_jax.ops import pallas_triton
 
-_ELEMENTS = 8192  # of a program's tile: each thread has several 16-byte reads in flight
-
 
 def _width(d: int) -> int:
   """Columns of a tile: the widest that leaves at most an eighth of the last one empty."""
@@ -37,87 +34,38 @@ def _grid(x, y):
   return jnp.broadcast_to(x[:, None], shape), jnp.broadcast_to(y[None, :], shape)
 
 
-def _gather_kernel(x_ref, token_ref, out_ref, *, rows, width):
-  num_tokens, d = x_ref.shape
-  num_rows = out_ref.shape[0]
-  columns = jnp.int32(pl.cdiv(d, width))
-  pid = pl.program_id(0)
-  row = jax.lax.div(pid, columns) * rows + jnp.arange(rows)
-  col = jax.lax.rem(pid, columns) * width + jnp.arange(width)
-  token = plt.load(token_ref.at[row], mask=row < num_rows, other=num_tokens)
-  there = token < num_tokens
-  source, at = _grid(jnp.where(there, token, 0), col), _grid(row, col)
-  inside = at[1] < d
-  x = plt.load(x_ref.at[source], mask=inside & there[:, None], other=0)
-  plt.store(out_ref.at[at], x, mask=inside & (at[0] < num_rows))
-
-
-def gather_rows(
-  x_TD: jax.Array, token_R: jax.Array, *, elements: int = _ELEMENTS, num_warps: int = 4
-) -> jax.Array:
-  if x_TD.dtype.itemsize == 1:
-    bits_TD = jax.lax.bitcast_convert_type(x_TD, jnp.int8)
-    bits_RD = _gather(bits_TD, token_R, elements, num_warps)
-    return jax.lax.bitcast_convert_type(bits_RD, x_TD.dtype)
-  return _gather(x_TD, token_R, elements, num_warps)
-
-
-def _gather(x_TD, token_R, elements, num_warps):
-  d, width = x_TD.shape[1], _width(x_TD.shape[1])
-  rows = elements // width
-  return pallas_triton.call(
-    functools.partial(_gather_kernel, rows=rows, width=width),
-    x_TD,
-    token_R,
-    grid=(pl.cdiv(len(token_R), rows) * pl.cdiv(d, width),),
-    out=jax.ShapeDtypeStruct((len(token_R), d), x_TD.dtype),
-    num_warps=num_warps,
-  )
-
-
-def _sum_kernel(y_ref, row_ref, *rest, tokens, width):
-  *weight_ref, out_ref = rest
-  num_rows, d = y_ref.shape
+def _spread_kernel(x_ref, row_ref, out_ref, *, tokens, width):
   num_tokens, choices = row_ref.shape
+  num_rows, d = out_ref.shape
   columns = jnp.int32(pl.cdiv(d, width))
   pid = pl.program_id(0)
   token = jax.lax.div(pid, columns) * tokens + jnp.arange(tokens)
   col = jax.lax.rem(pid, columns) * width + jnp.arange(width)
-  real = token < num_tokens
-  total = jnp.zeros((tokens, width), jnp.float32)
+  real, at = token < num_tokens, _grid(token, col)
+  inside = at[1] < d
+  x = plt.load(x_ref.at[at], mask=inside & real[:, None], other=jnp.zeros((), x_ref.dtype))
   for k in range(choices):
-    at_k = token, jnp.full_like(token, k)
-    row = plt.load(row_ref.at[at_k], mask=real, other=num_rows)
+    row = plt.load(row_ref.at[token, jnp.full_like(token, k)], mask=real, other=num_rows)
     there = row < num_rows
-    source = _grid(jnp.where(there, row, 0), col)
-    y = plt.load(y_ref.at[source], mask=there[:, None] & (source[1] < d), other=0)
-    y = y.astype(jnp.float32)
-    if weight_ref:
-      y *= plt.load(weight_ref[0].at[at_k], mask=real, other=0)[:, None]
-    total += y
-  at = _grid(token, col)
-  plt.store(out_ref.at[at], total.astype(out_ref.dtype), mask=real[:, None] & (at[1] < d))
+    plt.store(out_ref.at[_grid(row, col)], x, mask=inside & there[:, None])
 
 
-def sum_rows(
-  y_RD: jax.Array,
+def spread_rows(
+  x_TD: jax.Array,
+  token_R: jax.Array,
   row_TK: jax.Array,
-  weight_TK: jax.Array | None = None,
   *,
-  elements: int = _ELEMENTS // 2,
+  elements: int = 4096,
   num_warps: int = 4,
 ) -> jax.Array:
-  num_tokens, d = len(row_TK), y_RD.shape[1]
-  width = _width(d)
+  (num_tokens, d), width = x_TD.shape, _width(x_TD.shape[1])
   tokens = elements // width
-  weight = () if weight_TK is None else (weight_TK.astype(jnp.float32),)
   return pallas_triton.call(
-    functools.partial(_sum_kernel, tokens=tokens, width=width),
-    y_RD,
+    functools.partial(_spread_kernel, tokens=tokens, width=width),
+    x_TD,
     row_TK,
-    *weight,
     grid=(pl.cdiv(num_tokens, tokens) * pl.cdiv(d, width),),
-    out=jax.ShapeDtypeStruct((num_tokens, d), y_RD.dtype),
+    out=jax.ShapeDtypeStruct((len(token_R), d), x_TD.dtype),
     num_warps=num_warps,
   )
 

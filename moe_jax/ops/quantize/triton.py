@@ -1,14 +1,20 @@
 """Triton kernels that quantise a tile of 128 x 128 along one side or both.
 
-tile     128 x 128 values, read once from x or, by a row index, from the rows it names; each
-         direction takes its largest magnitudes, multiplies, rounds, and stores
+tile     128 x 128 values as four parts of 32 rows, part j holding rows j, 4 + j, 8 + j ..., read
+         once from x or, by a row index, from the rows it names; each direction takes its largest
+         magnitudes, multiplies, rounds, and stores. For the transposed copy the four parts are
+         packed into one of 32-bit words, four rows in each, which is transposed: a quarter of the
+         elements to exchange between threads
+order    8 x 8 tiles together, so that the pieces of 128 bytes that a tile writes, in rows of either
+         copy, find their neighbours in time
 traffic  2 bytes a value in (bfloat16), 1 out for each copy, and 4 bytes for 128 values of scales
-bound    memory; the transposed copy leaves in pieces of 128 bytes
+bound    memory
 """
 
 # R rows  K columns  D, F sides of a matrix
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +24,8 @@ from jax.experimental.pallas import triton as plt
 from moe_jax.ops import pallas_triton
 from moe_jax.ops.quantize.format import TILE, Format, Quantized, magnitude, scale_and_inverse
 
+_SIDE = 8  # of a square of tiles that are worked on together
+
 
 def grid_of(row: jax.Array, col: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Both indices of every element: the form that GPU and interpreter both take."""
@@ -25,52 +33,96 @@ def grid_of(row: jax.Array, col: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.broadcast_to(row[:, None], shape), jnp.broadcast_to(col[None, :], shape)
 
 
-def store_rows(x: jax.Array, values_ref, scale_ref, row: jax.Array, col: jax.Array, fmt: Format):
-  """Quantises a float32 tile of 128 columns by rows and stores it at these rows and columns."""
+def place(
+  num_rows: int, k: int, rows: int = TILE, side: int = _SIDE
+) -> tuple[jax.Array, jax.Array]:
+  """First row of this program's tile, and its 128 columns."""
+  tall, wide = pl.cdiv(num_rows, rows), k // TILE
+  pid = pl.program_id(0)
+  # a strip of tile rows; in it, squares from left to right; in those, row by row
+  strip = jax.lax.div(pid, side * wide)
+  height = jax.lax.min(jnp.int32(side), tall - strip * side)
+  inside = pid - strip * side * wide
+  square = jax.lax.div(inside, height * side)
+  width = jax.lax.min(jnp.int32(side), wide - square * side)
+  inside -= square * height * side
+  row, col = strip * side + jax.lax.div(inside, width), square * side + jax.lax.rem(inside, width)
+  return row * rows, col * TILE + jnp.arange(TILE)
+
+
+def num_tiles(num_rows: int, k: int, rows: int = TILE) -> int:
+  return pl.cdiv(num_rows, rows) * (k // TILE)
+
+
+def parts_of(first_row: jax.Array, rows: int = TILE) -> list[jax.Array]:
+  """The rows of each of the four parts."""
+  return [first_row + 4 * jnp.arange(rows // 4) + j for j in range(4)]
+
+
+def store_rows(parts, out, first_row: jax.Array, col: jax.Array, fmt: Format) -> None:
+  """Quantises a float32 tile of 128 columns, given in parts, by rows, and stores it."""
+  values_ref, scale_ref = out
   num_rows = values_ref.shape[0]
-  scale, inverse = scale_and_inverse(magnitude(x).max(1), fmt)
-  at = grid_of(row, col)
-  plt.store(values_ref.at[at], (x * inverse[:, None]).astype(fmt.dtype), mask=at[0] < num_rows)
-  step = jnp.full_like(row, 0) + jax.lax.div(col.min(), TILE)
-  plt.store(scale_ref.at[step, row], scale, mask=row < num_rows)
+  step = jax.lax.div(col.min(), TILE)
+  for x, row in zip(parts, parts_of(first_row, 4 * parts[0].shape[0]), strict=True):
+    scale, inverse = scale_and_inverse(magnitude(x).max(1), fmt)
+    at = grid_of(row, col)
+    plt.store(values_ref.at[at], (x * inverse[:, None]).astype(fmt.dtype), mask=at[0] < num_rows)
+    plt.store(scale_ref.at[jnp.full_like(row, 0) + step, row], scale, mask=row < num_rows)
 
 
-def store_columns(x: jax.Array, values_ref, scale_ref, row: jax.Array, col: jax.Array, fmt: Format):
+def store_columns(parts, out, first_row: jax.Array, col: jax.Array, fmt: Format) -> None:
   """The same by columns, of 128 rows; these are rows and columns of x, not of its transpose."""
-  scale, inverse = scale_and_inverse(magnitude(x).max(0), fmt)
-  values = (x * inverse[None, :]).astype(fmt.dtype)
-  plt.store(values_ref.at[grid_of(col, row)], values.T)
-  step = jnp.full_like(col, 0) + jax.lax.div(row.min(), TILE)
-  plt.store(scale_ref.at[step, col], scale)
+  words_ref, scale_ref = out
+  largest = functools.reduce(jnp.maximum, [magnitude(x) for x in parts]).max(0)
+  scale, inverse = scale_and_inverse(largest, fmt)
+  words = jnp.zeros(parts[0].shape, jnp.uint32)
+  for j, x in enumerate(parts):
+    values = (x * inverse[None, :]).astype(fmt.dtype)
+    words |= jax.lax.bitcast_convert_type(values, jnp.uint8).astype(jnp.uint32) << (8 * j)
+  word = jax.lax.div(first_row, 4) + jnp.arange(TILE // 4)
+  plt.store(words_ref.at[grid_of(col, word)], words.T)
+  plt.store(scale_ref.at[jnp.full_like(col, 0) + jax.lax.div(first_row, TILE), col], scale)
 
 
-def rows_out(num_rows: int, k: int, fmt: Format) -> Quantized:
-  return Quantized(
+def rows_out(num_rows: int, k: int, fmt: Format) -> tuple[Any, Any]:
+  return (
     jax.ShapeDtypeStruct((num_rows, k), jnp.dtype(fmt.dtype)),
     jax.ShapeDtypeStruct((k // TILE, num_rows), jnp.float32),
   )
 
 
-def _kernel(*refs, fmt, rows, by_row, by_column, gathered):
+def columns_out(num_rows: int, k: int) -> tuple[Any, Any]:
+  return (
+    jax.ShapeDtypeStruct((k, num_rows // 4), jnp.uint32),
+    jax.ShapeDtypeStruct((num_rows // TILE, k), jnp.float32),
+  )
+
+
+def unpack(words: jax.Array, scale: jax.Array, fmt: Format) -> Quantized:
+  """Words of four values as values; the bytes in memory are the same."""
+  values = jax.lax.bitcast_convert_type(words, jnp.dtype(fmt.dtype))
+  return Quantized(values.reshape(words.shape[0], -1), scale)
+
+
+def _kernel(*refs, fmt, rows, by_row, by_column, gathered, side):
   x_ref, *refs = refs
-  k = x_ref.shape[1]
-  pid, columns = pl.program_id(0), jnp.int32(k // TILE)
-  row = jax.lax.div(pid, columns) * rows + jnp.arange(rows)
-  col = jax.lax.rem(pid, columns) * TILE + jnp.arange(TILE)
-  if gathered:
-    token_ref, *refs = refs
-    source = plt.load(token_ref.at[row], mask=row < token_ref.shape[0], other=x_ref.shape[0])
-  else:
-    source = row
-  there = source < x_ref.shape[0]
-  at = grid_of(jnp.where(there, source, 0), col)
-  zero = jnp.zeros((), x_ref.dtype)
-  x = plt.load(x_ref.at[at], mask=jnp.broadcast_to(there[:, None], at[0].shape), other=zero)
-  x = x.astype(jnp.float32)
+  num_tokens, k = x_ref.shape
+  token_ref, refs = (refs[0], refs[1:]) if gathered else (None, refs)
+  num_rows = num_tokens if token_ref is None else token_ref.shape[0]
+  first_row, col = place(num_rows, k, rows, side)
+  parts = []
+  for source in parts_of(first_row, rows):
+    if token_ref is not None:
+      source = plt.load(token_ref.at[source], mask=source < num_rows, other=num_tokens)
+    there = source < num_tokens
+    at = grid_of(jnp.where(there, source, 0), col)
+    mask = jnp.broadcast_to(there[:, None], at[0].shape)
+    parts.append(plt.load(x_ref.at[at], mask=mask, other=0.0).astype(jnp.float32))
   if by_row:
-    store_rows(x, *refs[:2], row, col, fmt)
+    store_rows(parts, refs[:2], first_row, col, fmt)
   if by_column:
-    store_columns(x, *refs[-2:], row, col, fmt)
+    store_columns(parts, refs[-2:], first_row, col, fmt)
 
 
 def quantize(
@@ -81,24 +133,25 @@ def quantize(
   by_row: bool = False,
   by_column: bool = False,
   rows: int | None = None,
+  side: int = _SIDE,
   num_warps: int = 8,
 ) -> tuple[Quantized, ...]:
   """Of x, or of x[token_R]: its rows, its columns, or both in this order."""
   num_rows, k = (x_RK if token_R is None else token_R).shape[0], x_RK.shape[1]
   if rows is None:
     rows = TILE if by_column else 32
-  out = [rows_out(num_rows, k, fmt)] * by_row + [rows_out(k, num_rows, fmt)] * by_column
   index = () if token_R is None else (token_R,)
   static = dict(fmt=fmt, rows=rows, by_row=by_row, by_column=by_column, gathered=bool(index))
   found = pallas_triton.call(
-    functools.partial(_kernel, **static),
+    functools.partial(_kernel, side=side, **static),
     x_RK,
     *index,
-    grid=(pl.cdiv(num_rows, rows) * (k // TILE),),
-    out=[part for q in out for part in q],
+    grid=(num_tiles(num_rows, k, rows),),
+    out=[*rows_out(num_rows, k, fmt) * by_row, *columns_out(num_rows, k) * by_column],
     num_warps=num_warps,
   )
-  return tuple(Quantized(*found[i : i + 2]) for i in range(0, len(found), 2))
+  row = (Quantized(*found[:2]),) if by_row else ()
+  return row + ((unpack(found[-2], found[-1], fmt),) if by_column else ())
 
 
 def _blocks_kernel(w_ref, *refs, fmt, transposed):

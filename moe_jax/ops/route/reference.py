@@ -1,8 +1,10 @@
 """How experts are chosen and weighed; what keeps them balanced is in moe_jax.routing."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 # E experts  G groups  K experts a token; leading dims are tokens
@@ -41,37 +43,45 @@ def keep_top_groups(
   return jnp.where(keep_G[..., None], grouped, -jnp.inf).reshape(choice_E.shape)
 
 
-def top_k_route(
+def choose(
   score_E: Float[Array, '... E'],
   bias_E: Float[Array, 'E'],
   *,
   k: int,
-  num_groups: int = 1,
-  top_groups: int = 1,
-  group_score: str = 'top2',
-  normalize: bool = True,
-  scale: float = 1.0,
-) -> tuple[Int[Array, '... k'], Float[Array, '... k']]:
-  """Experts of every token and their weights: the biased score chooses, the raw one weighs.
-
-  Source: arXiv:2412.19437, equations 12 to 16 (V3); arXiv:2405.04434, section 2.1.3 (V2).
-  """
-  choice_E = keep_top_groups(
-    score_E + jax.lax.stop_gradient(bias_E),
-    num_groups=num_groups,
-    top_groups=top_groups,
-    group_score=group_score,
-  )
-  _, expert_K = jax.lax.top_k(choice_E, k)
-  expert_K = checkpoint_name(expert_K, 'router_choice')
-  return expert_K, weigh(score_E, expert_K, normalize=normalize, scale=scale)
+  num_groups: int,
+  top_groups: int,
+  group_score: str,
+) -> Int[Array, '... k']:
+  """The k largest of score + bias within the best groups, largest first; of equals, the first."""
+  limits: Any = dict(num_groups=num_groups, top_groups=top_groups, group_score=group_score)
+  return jax.lax.top_k(keep_top_groups(score_E + bias_E, **limits), k)[1]
 
 
 def weigh(
   score_E: Float[Array, '... E'], expert_K: Int[Array, '... k'], *, normalize: bool, scale: float
 ) -> Float[Array, '... k']:
   """Weights of the chosen experts: their scores, to sum to one if `normalize`, times `scale`."""
-  weight_K = jnp.take_along_axis(score_E, expert_K, axis=-1)
+  weight_K = _take(score_E, expert_K)
   if normalize:
     weight_K = weight_K / (weight_K.sum(-1, keepdims=True) + 1e-20)
   return weight_K * scale
+
+
+@jax.custom_vjp
+def _take(score_E: jax.Array, expert_K: jax.Array) -> jax.Array:
+  return jnp.take_along_axis(score_E, expert_K, axis=-1)
+
+
+def _take_forward(score_E, expert_K):
+  return _take(score_E, expert_K), (expert_K, score_E.shape[-1])
+
+
+def _take_backward(kept, dweight_K):
+  # a comparison with every expert, which fuses, for the scatter of the usual gradient
+  expert_K, num_experts = kept
+  chosen_KE = expert_K[..., None] == jnp.arange(num_experts)
+  dscore_E = jnp.where(chosen_KE, dweight_K[..., None], 0).sum(-2)
+  return dscore_E, np.zeros(expert_K.shape, jax.dtypes.float0)
+
+
+_take.defvjp(_take_forward, _take_backward)

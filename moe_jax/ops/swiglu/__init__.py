@@ -42,8 +42,8 @@ def swiglu_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Gradients of weight * f(swiglu(h)), given da = the gradient of f alone.
 
-  Returns the gradient in h, [R, 2F]; weight * swiglu(h), [R, F], the left operand of the gradient in
-  f's matrix; and the gradient in the weight, float32 [R].
+  Returns the gradient in h, [R, 2F]; weight * swiglu(h), [R, F], the left operand of the gradient
+  in f's matrix; and the gradient in the weight, float32 [R].
   """
   name = pallas_triton.choose('swiglu_backward', implementation, pallas_triton.unavailable())
   return _BACKENDS[name].backward(da_RF, h_R2F, weight_R, limit=limit)

@@ -40,8 +40,8 @@ def halves(h_R2F: jax.Array) -> tuple[jax.Array, jax.Array]:
 def gradients(da: jax.Array, gate: jax.Array, up: jax.Array, weight: jax.Array, *, limit: float):
   """Elementwise, in float32: the gradients in gate and up, weight * a, and a * da."""
   da = da.astype(jnp.float32)
+  gate_passes, up_passes = gate <= limit, jnp.abs(up) <= limit
   if limit:
-    gate_passes, up_passes = gate <= limit, jnp.abs(up) <= limit
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
   share = jax.nn.sigmoid(gate)
   silu = gate * share

@@ -18,7 +18,17 @@ from jax.experimental.pallas import triton as plt
 
 from moe_jax.ops import pallas_triton
 from moe_jax.ops.quantize.format import TILE, Format, Quantized
-from moe_jax.ops.quantize.triton import grid_of, rows_out, store_columns, store_rows
+from moe_jax.ops.quantize.triton import (
+  columns_out,
+  grid_of,
+  num_tiles,
+  parts_of,
+  place,
+  rows_out,
+  store_columns,
+  store_rows,
+  unpack,
+)
 from moe_jax.ops.swiglu import reference
 
 
@@ -74,51 +84,51 @@ def backward(
   )
 
 
-def _place(rows, f):
-  pid, columns = pl.program_id(0), jnp.int32(f // TILE)
-  row = jax.lax.div(pid, columns) * rows + jnp.arange(rows)
-  return row, jax.lax.rem(pid, columns) * TILE + jnp.arange(TILE)
-
-
 def _load(ref, row, col):
   at = grid_of(row, col)
   return plt.load(ref.at[at], mask=at[0] < ref.shape[0], other=0.0).astype(jnp.float32)
 
 
 def _forward_rows_kernel(h_ref, values_ref, scale_ref, *, rows, limit, fmt):
-  f = values_ref.shape[1]
-  row, col = _place(rows, f)
-  a = reference.swiglu(_load(h_ref, row, col), _load(h_ref, row, f + col), limit=limit)
-  store_rows(a, values_ref, scale_ref, row, col, fmt)
+  num_rows, f = values_ref.shape
+  first_row, col = place(num_rows, f, rows)
+  parts = [
+    reference.swiglu(_load(h_ref, row, col), _load(h_ref, row, f + col), limit=limit)
+    for row in parts_of(first_row, rows)
+  ]
+  store_rows(parts, (values_ref, scale_ref), first_row, col, fmt)
 
 
 def forward_rows(
   h_R2F: jax.Array, fmt: Format, *, limit: float, rows: int = 32, num_warps: int = 4
 ) -> Quantized:
   num_rows, f = h_R2F.shape[0], h_R2F.shape[1] // 2
-  return pallas_triton.call(
+  found = pallas_triton.call(
     functools.partial(_forward_rows_kernel, rows=rows, limit=limit, fmt=fmt),
     h_R2F,
-    grid=(pl.cdiv(num_rows, rows) * (f // TILE),),
+    grid=(num_tiles(num_rows, f, rows),),
     out=rows_out(num_rows, f, fmt),
     num_warps=num_warps,
   )
+  return Quantized(*found)
 
 
 def _backward_quantized_kernel(da_ref, h_ref, w_ref, *refs, limit, fmt):
-  f = da_ref.shape[1]
-  row, col = _place(TILE, f)
-  weight = plt.load(w_ref.at[row])[:, None]
-  gate, up = _load(h_ref, row, col), _load(h_ref, row, f + col)
-  dgate, dup, a, dweight = reference.gradients(
-    _load(da_ref, row, col), gate, up, weight, limit=limit
-  )
-  for part, at in ((dgate, col), (dup, f + col)):
-    store_rows(part, *refs[:2], row, at, fmt)
-    store_columns(part, *refs[2:4], row, at, fmt)
-  store_columns(a, *refs[4:6], row, col, fmt)
-  step = jnp.full_like(row, 0) + jax.lax.div(col.min(), TILE)
-  plt.store(refs[6].at[step, row], dweight.sum(1))
+  num_rows, f = da_ref.shape
+  first_row, col = place(num_rows, f)
+  step = jax.lax.div(col.min(), TILE)
+  found = []
+  for row in parts_of(first_row):
+    weight = plt.load(w_ref.at[row])[:, None]
+    gate, up = _load(h_ref, row, col), _load(h_ref, row, f + col)
+    *parts, dweight = reference.gradients(_load(da_ref, row, col), gate, up, weight, limit=limit)
+    plt.store(refs[6].at[jnp.full_like(row, 0) + step, row], dweight.sum(1))
+    found.append(parts)
+  dgate, dup, a = zip(*found, strict=True)
+  for parts, at in ((dgate, col), (dup, f + col)):
+    store_rows(parts, refs[:2], first_row, at, fmt)
+    store_columns(parts, refs[2:4], first_row, at, fmt)
+  store_columns(a, refs[4:6], first_row, col, fmt)
 
 
 def backward_quantized(
@@ -132,18 +142,19 @@ def backward_quantized(
 ) -> tuple[Quantized, Quantized, Quantized, jax.Array]:
   """Rows and columns of the gradient in h, columns of weight * a, the gradient in the weight."""
   num_rows, f = da_RF.shape
-  out = rows_out(num_rows, 2 * f, fmt), rows_out(2 * f, num_rows, fmt), rows_out(f, num_rows, fmt)
-  *found, dweight_CR = pallas_triton.call(
+  (dh, dh_scale, dh_t, dh_t_scale, a_t, a_t_scale, dweight_CR) = pallas_triton.call(
     functools.partial(_backward_quantized_kernel, limit=limit, fmt=fmt),
     da_RF,
     h_R2F,
     weight_R,
-    grid=(num_rows // TILE * (f // TILE),),
+    grid=(num_tiles(num_rows, f),),
     out=[
-      *(part for q in out for part in q),
+      *rows_out(num_rows, 2 * f, fmt),
+      *columns_out(num_rows, 2 * f),
+      *columns_out(num_rows, f),
       jax.ShapeDtypeStruct((f // TILE, num_rows), jnp.float32),
     ],
     num_warps=num_warps,
   )
-  dh, dh_t, a_t = (Quantized(*found[i : i + 2]) for i in (0, 2, 4))
-  return dh, dh_t, a_t, dweight_CR.sum(0)
+  dh_t, a_t = unpack(dh_t, dh_t_scale, fmt), unpack(a_t, a_t_scale, fmt)
+  return Quantized(dh, dh_scale), dh_t, a_t, dweight_CR.sum(0)
