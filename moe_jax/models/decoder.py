@@ -29,7 +29,6 @@ KEPT = (
   'router_choice',
   'expert_plan',
   'expert_hidden',
-  'expert_out',
 )
 
 
