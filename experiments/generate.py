@@ -56,7 +56,7 @@ def continue_text(
         f'{folder.checkpoints} holds no checkpoint yet. Wait for the first, or choose another run.'
       )
     model = make_model(cfg)
-    variables = {'params': restored.state.params, 'router': restored.state.router}
+    variables = restored.state.variables
     start, stop_id, accepted = (
       tokenizer.encode(prompt) or [tokenizer.eos_id],
       tokenizer.eos_id,

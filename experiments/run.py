@@ -66,6 +66,9 @@ def run(cfg: RunConfig, path: str, *, overrides: Sequence[str] = (), command: st
     console = make_console() if first else make_console(open(os.devnull, 'w'))  # noqa: SIM115
     card = _card(cfg, target, overrides)
     print_card(card, console=console)
+    for idea in make_model(cfg).balance.ideas:
+      if idea.caveat:
+        console.print(f'note: {idea.caveat}')
     with Progress(cfg.steps, 0, console=console) as progress:
       try:
         finished = loop.train(cfg, workdir, progress, sources=sources, initial=initial)
@@ -92,7 +95,7 @@ def run(cfg: RunConfig, path: str, *, overrides: Sequence[str] = (), command: st
 
 def check(cfg: RunConfig) -> None:
   """Raises ValueError for what can be refused before a device or a text is looked at."""
-  routing.choose(cfg.balance, cfg.routing)
+  routing.choose(cfg.balance, cfg.routing, cfg.model.moe)
   import_tracker(cfg.log.tracker)
 
 
@@ -197,7 +200,7 @@ def _sample(cfg: RunConfig, finished: loop.Finished, source: RowSource) -> str:
   state = finished.state
   ids = generate(
     make_model(cfg),
-    {'params': state.params, 'router': state.router},
+    state.variables,
     tokenizer.encode(s.prompt) or [tokenizer.eos_id],
     num_tokens=s.num_tokens,
     temperature=s.temperature,

@@ -19,7 +19,7 @@ MAY = {
   'sharding': set(),
   'precision': LOW,
   'ops': {'sharding'},
-  'routing': {'config_io', 'ops'},
+  'routing': {*LOW, 'ops'},
   'optim': LOW,
   'data': LOW,
   'models': {*LOW, 'sharding', 'precision', 'ops', 'routing'},

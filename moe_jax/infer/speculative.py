@@ -117,13 +117,13 @@ def _functions(model: Decoder, mesh: Any, prompt_length: int, length: int):
     Places behind `last` hold nothing of value, and the K-1 up to it read drafts: the next call
     starts early enough to make the entries of both again.
     """
-    params, router, width = variables['params'], variables.get('router', {}), h_BWX.shape[1]
+    params, width = variables['params'], h_BWX.shape[1]
     new = []
     for k, (name, module) in enumerate(zip(mtp.names(c), modules, strict=True), start=1):
       tokens = place(text_T, start + k, width)
       # read where the decoder read: k places before the token
       where = tokens._replace(position_BS=tokens.position_BS - k, start_B=tokens.start_B - k)
-      own = {'params': params[name], 'router': router.get(name, {})}
+      own = {kind: tree[name] for kind, tree in variables.items() if name in tree}
       embedded_BWD = embed(params['embedding_VD'], where.token_BS, model.policy)
       out = cast(mtp.MTPOutput, module.apply(own, h_BWX, embedded_BWD, where, caches[k - 1]))
       h_BWX = out.state

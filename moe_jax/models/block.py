@@ -11,7 +11,7 @@ from moe_jax.models.layers import FeedForward, RMSNorm
 from moe_jax.models.moe import MoE
 from moe_jax.models.residual import RESIDUALS
 from moe_jax.precision import Policy
-from moe_jax.routing import Idea
+from moe_jax.routing import Balance
 
 # B batch  S sequence  J streams  D model
 
@@ -23,7 +23,7 @@ class Block(nn.Module):
 
   kind: LayerKind
   cfg: ModelConfig
-  balance: tuple[Idea, ...]
+  balance: Balance
   policy: Policy
 
   @nn.compact
@@ -44,8 +44,8 @@ class Block(nn.Module):
     if self.kind.feed_forward == 'dense':
       y_BSD = FeedForward(c.d_ff, std, self.policy, name='dense')(h_BSD)
     else:
-      num_hash_ids = c.vocab_size if self.kind.feed_forward == 'moe_hash' else 0
-      moe = MoE(c.moe, self.balance, std, self.policy, num_hash_ids, name='moe')
+      hashed = self.kind.feed_forward == 'moe_hash'
+      moe = MoE(c.moe, self.balance, std, self.policy, c.vocab_size, hashed, name='moe')
       y_BSD, seen = moe(h_BSD, where)
       aux |= seen
     return write(y_BSD), cache, aux

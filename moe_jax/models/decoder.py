@@ -16,7 +16,7 @@ from moe_jax.models.layers import RMSNorm, weight
 from moe_jax.models.residual import RESIDUALS
 from moe_jax.ops import embedding
 from moe_jax.precision import Policy
-from moe_jax.routing import Idea
+from moe_jax.routing import Balance
 
 # B batch  S sequence  D model  V vocabulary  L layers with experts  E experts
 
@@ -59,7 +59,7 @@ class Pattern(nn.Module):
 
   kinds: tuple[LayerKind, ...]
   cfg: ModelConfig
-  balance: tuple[Idea, ...]
+  balance: Balance
   policy: Policy
   intermediates: bool = False
 
@@ -78,13 +78,14 @@ class Pattern(nn.Module):
 class Decoder(nn.Module):
   """A language model of the family. `init` and `apply` are its pure functions.
 
-  Variables: collection `params` (float32 master weights) and `router` (selection biases, which
-  `apply` reads and the training step updates by a rule of moe_jax.routing).
+  Variables: collections `params` (float32 master weights), `router` (selection biases) and `ideas`
+  (what balancing ideas carry); `apply` reads the last two and the training step updates them by the
+  rules of moe_jax.routing. `counts`, if given, holds sums over the batch that this is a part of.
   """
 
   cfg: ModelConfig
   policy: Policy
-  balance: tuple[Idea, ...] = ()
+  balance: Balance = Balance()
 
   @nn.compact
   def __call__(self, where: Where, cache: Any = None, *, intermediates: bool = False) -> Output:
@@ -109,7 +110,7 @@ class Decoder(nn.Module):
         pattern = nn.remat(Pattern, prevent_cse=False, policy=_REMAT_POLICIES[c.remat])
       group = nn.scan(
         pattern,
-        variable_axes={'params': 0, 'router': 0},
+        variable_axes={'params': 0, 'router': 0, 'ideas': 0, 'counts': 0},
         split_rngs={'params': True},
         in_axes=cast(Any, (0, nn.broadcast)),
         length=repeats,

@@ -20,7 +20,7 @@ from moe_jax.models.block import Block
 from moe_jax.models.layers import RMSNorm, matmul, weight
 from moe_jax.models.residual import RESIDUALS
 from moe_jax.precision import Policy
-from moe_jax.routing import Idea
+from moe_jax.routing import Balance
 
 # B batch  S sequence  J streams  D model  X twice D, or D again
 
@@ -44,7 +44,7 @@ class MTP(nn.Module):
   """
 
   cfg: ModelConfig
-  balance: tuple[Idea, ...]
+  balance: Balance
   policy: Policy
 
   @nn.compact

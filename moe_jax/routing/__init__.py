@@ -1,7 +1,7 @@
 """Balancing ideas, one file each, chosen by name: `--config.balance=loss_free+sequence_wise`.
 
 Every module of this folder is imported and every `Idea` with a name is known; adding a file is all
-it takes.
+it takes. `base` says what an idea may do.
 """
 
 import dataclasses
@@ -11,9 +11,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_jax import config_io
-from moe_jax.routing.base import Gate, Idea
+from moe_jax.config import MoEConfig
+from moe_jax.routing.balance import Balance
+from moe_jax.routing.base import Gate, Idea, Seen, Sizes, State
 
-__all__ = ['Gate', 'Idea', 'choose', 'default_fields', 'ideas']
+__all__ = [
+  'Balance',
+  'Gate',
+  'Idea',
+  'Seen',
+  'Sizes',
+  'State',
+  'choose',
+  'default_fields',
+  'ideas',
+]
 
 
 def ideas() -> dict[str, type[Idea]]:
@@ -30,11 +42,15 @@ def default_fields() -> dict[str, dict[str, Any]]:
   }
 
 
-def choose(balance: str, fields: Mapping[str, Mapping[str, Any]]) -> tuple[Idea, ...]:
+def choose(balance: str, fields: Mapping[str, Mapping[str, Any]], moe: MoEConfig) -> Balance:
   """Makes the ideas named in `balance`, joined by '+', with their fields; 'none' is no idea.
 
+  Args:
+    moe: the layers that they are to serve.
+
   Raises:
-    ValueError: an unknown idea (the nearest is suggested), one named twice, or a wrong field.
+    ValueError: an unknown idea (the nearest is suggested), one named twice, a wrong field, ideas
+      that do not go together, or a layer that one cannot serve.
   """
   known = ideas()
   for name in fields:
@@ -51,4 +67,6 @@ def choose(balance: str, fields: Mapping[str, Mapping[str, Any]]) -> tuple[Idea,
       raise ValueError(f'balance={balance!r} names {name!r} twice. Name it once.')
   # fields of ideas that are not named are checked too: a slip there is a slip
   made = {n: config_io.build(values, known[n], f'routing.{n}.') for n, values in fields.items()}
-  return tuple(made[name] if name in made else known[name]() for name in names)
+  chosen = Balance(tuple(made[name] if name in made else known[name]() for name in names))
+  chosen.check(moe)
+  return chosen

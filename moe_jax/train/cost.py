@@ -161,18 +161,18 @@ def predicted_bytes(cfg: RunConfig, state: TrainState) -> int:
 
 def _kept_bytes(cfg: RunConfig, state: TrainState) -> int:
   """Bytes kept between the passes of one micro-batch, the parameters themselves left out."""
-  model = make_model(cfg)
+  model = make_model(cfg, training=True)
   rows, length = cfg.data.batch_size // cfg.microbatches, cfg.data.sequence_length
 
   def zeros(dtype: Any) -> jax.Array:
     return jnp.zeros((rows, length), dtype, out_sharding=sh.TOKENS)
 
-  def kept(params: Any, router: Any) -> Any:
+  def kept(params: Any, rest: Any) -> Any:
     batch = {name: zeros(jnp.int32) for name in ('tokens', 'targets', 'segments', 'positions')}
     batch['loss_mask'] = zeros(jnp.bool_)
     targets = count_targets(cfg, batch)
-    loss = lambda p: mean_loss(cfg, model, p, router, batch, num_targets=targets)
+    loss = lambda p: mean_loss(cfg, model, p, rest, batch, num_targets=targets)
     return jax.vjp(loss, params, has_aux=True)[1]
 
-  residuals = jax.eval_shape(kept, state.params, state.router)
+  residuals = jax.eval_shape(kept, state.params, state.rest)
   return max(bytes_per_device(residuals) - bytes_per_device(state.params), 0)

@@ -17,6 +17,7 @@ from moe_jax.config import RunConfig
 from moe_jax.data.pipeline import RowSource, batches
 from moe_jax.train.checkpoint import Checkpointer
 from moe_jax.train.metrics import MetricsWriter
+from moe_jax.train.routing_record import Routing, saved_steps
 from moe_jax.train.signals import StopSignal
 from moe_jax.train.state import TrainState, create
 from moe_jax.train.step import make_eval_step, make_train_step
@@ -46,6 +47,7 @@ class Finished(NamedTuple):
 class Evaluation(NamedTuple):
   loss: float  # nats a token
   bits_per_byte: float
+  routing: Routing | None  # None without experts
 
 
 def state_target(cfg: RunConfig) -> TrainState:
@@ -61,12 +63,14 @@ def make_evaluate(cfg: RunConfig, source: RowSource) -> Callable[[TrainState], E
   bytes_V[: len(lengths)] = lengths[: cfg.model.vocab_size]
 
   def evaluate(state: TrainState) -> Evaluation:
-    sums = []
+    seen = []
     with contextlib.closing(_batches(cfg, source, start=0)) as stream:
       for _ in range(cfg.eval.batches):
-        sums.append(eval_step(state, next(stream)[1], bytes_V))
-    nats, targets, text_bytes = np.sum([[float(x) for x in s] for s in sums], axis=0)
-    return Evaluation(nats / max(targets, 1), nats / np.log(2) / max(text_bytes, 1))
+        seen.append(eval_step(state, next(stream)[1], bytes_V))
+    nats, targets, text_bytes = np.sum([[float(x) for x in s[:3]] for s in seen], axis=0)
+    return Evaluation(
+      nats / max(targets, 1), nats / np.log(2) / max(text_bytes, 1), Routing.of(seen)
+    )
 
   return evaluate
 
@@ -98,7 +102,7 @@ def train(
 
     metrics = stack.enter_context(contextlib.closing(_metrics(cfg, workdir, restored)))
     stop = stack.enter_context(StopSignal())
-    run = _Run(cfg, checkpoints, metrics, screen, sources, target, initial)
+    run = _Run(cfg, workdir, checkpoints, metrics, screen, sources, target, initial)
     if restored is None:
       state = run.start()
     else:
@@ -126,6 +130,7 @@ class _Run:
   def __init__(
     self,
     cfg: RunConfig,
+    workdir: Workdir,
     checkpoints: Checkpointer,
     metrics: MetricsWriter | _NoMetrics,
     screen: Screen,
@@ -133,7 +138,7 @@ class _Run:
     target: TrainState,
     initial: Callable[[], Any] | None,
   ):
-    self.initial = initial
+    self.initial, self.workdir = initial, workdir
     self.cfg, self.checkpoints, self.metrics, self.screen = cfg, checkpoints, metrics, screen
     self.target = target
     self.source = sources('train')
@@ -155,7 +160,13 @@ class _Run:
 
   def report_evaluation(self, step: int, state: TrainState) -> None:
     seen = self.evaluate(state)
-    self.metrics.write(step, {'eval/loss': seen.loss, 'eval/bits_per_byte': seen.bits_per_byte})
+    values = {'eval/loss': seen.loss, 'eval/bits_per_byte': seen.bits_per_byte}
+    if seen.routing and jax.process_index() == 0:
+      earlier = [s for s in saved_steps(self.workdir.path) if s < step]
+      before = Routing.load(self.workdir.path, earlier[-1]) if earlier else None
+      values |= seen.routing.metrics(before)
+      seen.routing.save(self.workdir.path, step)
+    self.metrics.write(step, values)
     text = f'loss {seen.loss:.4f}  bits per byte {seen.bits_per_byte:.4f}'
     self.screen.note(f'step {step}: validation {text}')
 

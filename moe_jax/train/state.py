@@ -24,13 +24,25 @@ class TrainState(NamedTuple):
   step: jax.Array  # int32 steps done, refused ones included
   batch: jax.Array  # int32 index of the next batch
   params: Any
-  router: Any  # selection biases
+  router: Any  # selection biases, hash tables
+  ideas: Any  # what balancing ideas carry from step to step
   opt: optax.OptState
   guard: GuardState
 
+  @property
+  def rest(self) -> dict[str, Any]:
+    """A model's variables beside its parameters: no gradient reaches them."""
+    return {'router': self.router, 'ideas': self.ideas}
 
-def make_model(cfg: RunConfig) -> Decoder:
-  return Decoder(cfg.model, policy(cfg.precision), routing.choose(cfg.balance, cfg.routing))
+  @property
+  def variables(self) -> dict[str, Any]:
+    return {'params': self.params, **self.rest}
+
+
+def make_model(cfg: RunConfig, *, training: bool = False) -> Decoder:
+  """The model; `training` where tokens are routed to train, see `routing.Balance`."""
+  balance = routing.choose(cfg.balance, cfg.routing, cfg.model.moe)
+  return Decoder(cfg.model, policy(cfg.precision), balance.to_train() if training else balance)
 
 
 def make_optimizer(cfg: RunConfig) -> optax.GradientTransformation:
@@ -38,7 +50,7 @@ def make_optimizer(cfg: RunConfig) -> optax.GradientTransformation:
 
 
 def init_variables(model: Decoder, key: jax.Array) -> Any:
-  """Random variables of a model on the current mesh: collections `params` and `router`."""
+  """Random variables of a model on the current mesh: `params`, `router`, `ideas`."""
   mesh = jax.sharding.get_abstract_mesh()
   rows = mesh.shape[sh.DATA] * mesh.shape[sh.EXPERT]
   token_BS = jnp.zeros((rows, 2), jnp.int32, out_sharding=sh.TOKENS)
@@ -60,6 +72,7 @@ def create(cfg: RunConfig, key: jax.Array) -> TrainState:
     batch=zero,
     params=params,
     router=variables.get('router', {}),
+    ideas=variables.get('ideas', {}),
     opt=make_optimizer(cfg).init(params),
     guard=GuardState.create(cfg.guard),
   )

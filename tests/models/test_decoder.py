@@ -29,7 +29,7 @@ from moe_jax.train import cost
 from moe_jax.train.state import create
 
 B, S = 2, 12
-IDEAS = choose('loss_free+sequence_wise', {})
+IDEAS = choose('loss_free+sequence_wise', {}, MoEConfig())
 
 # V3: MLA, sigmoid scores, groups kept by their two best
 V3 = ModelConfig(

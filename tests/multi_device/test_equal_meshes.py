@@ -11,8 +11,9 @@ import pytest
 
 from moe_jax import sharding as sh
 from moe_jax.config import DataConfig, MLAConfig, ModelConfig, MoEConfig, RunConfig
+from moe_jax.train import layers
 from moe_jax.train.state import create, make_model
-from moe_jax.train.step import loss_and_grads, make_train_step, stack_bias
+from moe_jax.train.step import loss_and_grads, make_train_step
 
 pytestmark = pytest.mark.slow
 
@@ -106,8 +107,8 @@ def make_state(shape, *, crowd=()):
 @functools.cache
 def compiled(shape, microbatches):
   mesh, cfg = sh.make_mesh(shape), make_cfg(microbatches)
-  model = make_model(cfg)
-  step = lambda params, router, batch: loss_and_grads(cfg, model, params, router, batch)
+  model = make_model(cfg, training=True)
+  step = lambda params, rest, batch: loss_and_grads(cfg, model, params, rest, batch)
   return mesh, jax.jit(step)
 
 
@@ -115,7 +116,7 @@ def compiled(shape, microbatches):
 def see(shape, microbatches=1, crowd=()) -> Seen:
   mesh, step = compiled(shape, microbatches)
   state = make_state(shape, crowd=crowd)
-  seen, grads = on_mesh(mesh, step, state.params, state.router)
+  seen, grads = on_mesh(mesh, step, state.params, state.rest)
   losses = {name: float(v) for name, v in seen.items() if name.endswith('loss')}
   assert losses['balance_loss'] > 0
   return Seen(losses, np.asarray(seen['load_LE']), jax.tree.map(np.asarray, grads))
@@ -177,7 +178,7 @@ def test_the_bias_moves_by_the_counts_of_every_micro_batch_and_device():
   load_LE = see((1, 1, 1)).load_LE
   step_LE = 1e-3 * np.sign(load_LE.mean(-1, keepdims=True) - load_LE)
   with jax.set_mesh(mesh):
-    np.testing.assert_allclose(stack_bias(new.router, E), step_LE, rtol=1e-6)
+    np.testing.assert_allclose(layers.stack(new.router, 'bias_E'), step_LE, rtol=1e-6)
 
 
 def test_every_mesh_starts_from_the_same_parameters():

@@ -29,7 +29,7 @@ def test_generate_writes_what_the_checkpoint_holds_and_touches_nothing(program, 
   with jax.set_mesh(sh.make_mesh(ONE_DEVICE)):
     ids = generate_ids(
       make_model(program.config()),
-      {'params': state.params, 'router': state.router},
+      state.variables,
       list(b'To be'),
       num_tokens=6,
       temperature=0.0,

@@ -78,7 +78,7 @@ def gradients(cfg: RunConfig) -> list[dict[str, jax.Array]]:
   @jax.jit
   def grads(params):
     targets = count_targets(cfg, batch)
-    losses = lambda p: mean_loss(cfg, model, p, state.router, batch, num_targets=targets)[1]
+    losses = lambda p: mean_loss(cfg, model, p, state.rest, batch, num_targets=targets)[1]
     seen, pull = jax.vjp(lambda p: [losses(p)[n] for n in ('indexer_loss', 'lm_loss')], params)
     one, zero = jnp.ones_like(seen[0]), jnp.zeros_like(seen[0])
     return pull([one, zero])[0], pull([zero, one])[0]
@@ -171,7 +171,7 @@ def test_indexer_loss_equals_a_computation_token_by_token(stage):
   state = jax.jit(functools.partial(create, cfg))(jax.random.key(0))
   start_B = jnp.zeros_like(batch['tokens'][:, 0])
   where = Where(batch['tokens'], batch['positions'], batch['segments'], start_B)
-  variables = {'params': state.params, 'router': state.router}
+  variables = state.variables
   aux = jax.jit(lambda v, w: make_model(cfg).apply(v, w).aux)(variables, where)
   rows = [expected_loss(cfg, state.params, row) for row in np.asarray(batch['tokens'])]
   assert aux['indexer_loss'].shape == (1,)

@@ -13,9 +13,9 @@ from moe_jax import config_io
 from moe_jax import sharding as sh
 from moe_jax.config import RunConfig
 from moe_jax.models import mtp
-from moe_jax.train import cost
+from moe_jax.train import cost, layers
 from moe_jax.train.state import create, make_model
-from moe_jax.train.step import loss_and_grads, make_train_step, stack_bias, unstack_bias
+from moe_jax.train.step import loss_and_grads, make_train_step
 
 # B batch  S sequence  L layers with experts, modules included  E experts
 
@@ -87,7 +87,7 @@ def first(num_modules: int, microbatches: int = 1, remat: str = 'none'):
   cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat=remat))
   with jax.set_mesh(sh.make_mesh((1, 1, 1))):
     state = start(cfg)
-    run = lambda params, data: loss_and_grads(cfg, make_model(cfg), params, state.router, data)
+    run = lambda params, data: loss_and_grads(cfg, make_model(cfg), params, state.rest, data)
     seen, grads = jax.tree.map(np.asarray, jax.jit(run)(state.params, batch()))
   return seen, {jax.tree_util.keystr(p): g for p, g in jax.tree_util.tree_leaves_with_path(grads)}
 
@@ -114,7 +114,7 @@ def test_mtp_loss_is_the_mean_over_targets_within_documents():
   with jax.set_mesh(sh.make_mesh((1, 1, 1))):
     state, data, model = start(cfg), batch(), make_model(cfg)
     where = mtp.Where(data['tokens'], data['positions'], data['segments'], jnp.zeros(8, jnp.int32))
-    out = jax.jit(model.apply)({'params': state.params, 'router': state.router}, where)
+    out = jax.jit(model.apply)(state.variables, where)
     data = jax.tree.map(np.asarray, data)
     losses = []
     for k in (1, 2):
@@ -154,7 +154,7 @@ def test_modules_count_tokens_like_layers_where_they_look_into_their_document():
   np.testing.assert_array_equal(first(MODULES)[0]['load_LE'].sum(-1), 2 * np.array(tokens))
 
 
-def test_stack_bias_puts_modules_behind_the_layers_and_back():
+def test_stack_puts_modules_behind_the_layers_and_unstack_takes_them_back():
   def layer(first, shape):
     return {'moe': {'bias_E': np.arange(first, first + np.prod(shape)).reshape(shape)}}
 
@@ -163,9 +163,9 @@ def test_stack_bias_puts_modules_behind_the_layers_and_back():
     'group_1': {'layer_0': layer(0, (2, 4)), 'layer_1': layer(50, (2, 4))},
     'mtp_2': {'block': layer(200, (4,))},
   }
-  bias_LE = stack_bias(router, 4)
+  bias_LE = layers.stack(router, 'bias_E')
   np.testing.assert_array_equal(bias_LE[:, 0], [0, 50, 4, 54, 100, 200])
-  back = unstack_bias(router, bias_LE)
+  back = layers.unstack(router, 'bias_E', bias_LE)
   jax.tree.map(np.testing.assert_array_equal, back, router)
 
 
