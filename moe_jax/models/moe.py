@@ -30,7 +30,7 @@ class MoE(nn.Module):
   balance: Balance
   std: float
   policy: Policy
-  vocab_size: int
+  vocab_size: int = 0  # for tables by token id
   hashed: bool = False
 
   @nn.compact

@@ -27,6 +27,7 @@ from moe_jax.ops.permute import sort_by_destination, spread_rows, sum_rows
 from moe_jax.ops.route import gate_logits, scores, top_k_route
 from moe_jax.ops.swiglu import swiglu_backward, swiglu_forward
 from moe_jax.precision import policy
+from moe_jax.routing import Balance
 
 LIMIT = {'bfloat16': 790.0}  # TFLOP/s, see suites/grouped_matmul.py
 BANDWIDTH = 3000.0  # GB/s
@@ -80,7 +81,7 @@ def run(only: str = '') -> Iterator[list[table.Row]]:
 
 def make(spec: Spec, precision: str, skew: float) -> tuple[Any, tuple[Any, ...]]:
   """The layer with its gradients, and its operands."""
-  model = MoE(spec.moe, (), spec.d**-0.5, policy(precision))
+  model = MoE(spec.moe, Balance(), spec.d**-0.5, policy(precision))
   one = jnp.ones((1, spec.tokens), jnp.int32)
   where = spread(Where(one, one, one, jnp.zeros(1, jnp.int32)))
 
