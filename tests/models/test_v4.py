@@ -10,6 +10,7 @@ import pytest
 
 from moe_jax import sharding as sh
 from moe_jax.infer.decode import extend, open_session
+from moe_jax.models.attention import compressed
 from moe_jax.models.decoder import Decoder, empty_cache
 from tests.models import tiny_v4
 
@@ -135,3 +136,25 @@ def test_intermediates_are_the_streams_entering_each_layer():
   assert entering.shape == (4, 2, 9, 4, 32)
   embedding = np.asarray(variables['params']['embedding_VD'])[np.asarray(where.token_BS)]
   np.testing.assert_array_equal(entering[0], np.repeat(embedding[:, :, None], 4, axis=2))
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_whole_rows_by_runs_are_whole_rows_by_masks(kind: str, monkeypatch):
+  tokens = _tokens(1, 19)
+  positions, segments = np.r_[0:11, 0:6, 0, 0], np.repeat([1, 2, 0], [11, 6, 2])
+  with jax.set_mesh(sh.make_mesh((1, 1, 1))):
+    model, variables = tiny_v4.make(_only(kind), rows=1)
+    where = tiny_v4.place(tokens, positions[None], segments[None])
+
+    def loss(params):
+      out = model.apply({**variables, 'params': params}, where)
+      real_S1 = (segments > 0)[:, None]
+      index_loss = out.aux.get('indexer_loss', jnp.float32(0))
+      return jnp.square(out.hidden_BSD * real_S1).sum() + index_loss.sum()
+
+    want = jax.jit(jax.value_and_grad(loss))(variables['params'])
+    # the kernel's stand-in on a CPU is the op's definition, which takes runs as the kernel does
+    monkeypatch.setattr(compressed, 'unsupported', lambda *_: None)
+    got = jax.jit(jax.value_and_grad(loss))(variables['params'])
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * (1 + np.abs(b).max()))

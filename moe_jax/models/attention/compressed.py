@@ -14,10 +14,27 @@ from moe_jax.models.attention.base import Aux, Cache, Where, rope_frequencies, s
 from moe_jax.models.attention.compressor import Compressor
 from moe_jax.models.attention.entry_indexer import EntryIndexer
 from moe_jax.models.layers import RMSNorm, matmul, weight
-from moe_jax.ops.entry_index import index_loss, select_top_k
+from moe_jax.ops.entry_index import (
+  choose,
+  chosen_scores,
+  entry_scores,
+  index_loss,
+  select_top_k,
+)
 from moe_jax.ops.norm import unit_rms
 from moe_jax.ops.rope import rotate_last
-from moe_jax.ops.sink_attention import entries_visible, sink_attention, window_visible
+from moe_jax.ops.sink_attention import (
+  SLOT_BLOCK,
+  Spans,
+  chosen_mass,
+  compressed_attention,
+  entries_visible,
+  log_fallback,
+  sink_attention,
+  spans,
+  unsupported,
+  window_visible,
+)
 from moe_jax.precision import Policy
 
 # B batch  S new tokens  W window  T window and new tokens  N entries  D model  Q query latent width
@@ -31,6 +48,15 @@ class Branch(NamedTuple):
   visible_BSN: jax.Array
   cache: Cache  # empty without a cache
   aux: Callable[[jax.Array], Aux]  # of the attention [B, S, N] that the entries got
+
+
+class Seen(NamedTuple):
+  """What compressed entries a fused kernel reads, and what it leaves behind."""
+
+  entry_BNC: jax.Array
+  runs: Spans
+  index_BSK: jax.Array | None = None  # the chosen ones
+  aux: Callable[[jax.Array], Aux] = lambda _: {}  # of the attention's logsumexp
 
 
 class Sliding(nn.Module):
@@ -66,6 +92,9 @@ class Sliding(nn.Module):
     kv_BSC = RMSNorm(self.eps, name='kv_norm')(kv_BSC)
     kv_BSC = rotate_last(kv_BSC[:, :, None], where.position_BS, freq)[:, :, 0]
 
+    if cache is None and self._fuses(q_BSHC, kv_BSC):
+      o_BSHC, aux = self._fused(x_BSD, latent_BSQ, q_BSHC, kv_BSC, sink_H, where, freq)
+      return self._out(rotate_last(o_BSHC, -where.position_BS, freq), D), None, aux
     if cache is not None:  # one document a row
       where = where._replace(segment_BS=jnp.ones_like(where.segment_BS))
     key_BTC, visible_BST = _window(kv_BSC, where, cache, window=c.window)
@@ -90,6 +119,53 @@ class Sliding(nn.Module):
     freq: np.ndarray,
   ) -> Branch | None:
     del x_BSD, latent_BSQ, where, cache, freq
+
+  def _fuses(self, q_BSHC: jax.Array, kv_BSC: jax.Array) -> bool:
+    """Whether a kernel computes whole rows; says once why not."""
+    problem = unsupported(q_BSHC, kv_BSC)
+    if problem:
+      log_fallback(problem)
+    return problem is None
+
+  def _fused(
+    self,
+    x_BSD: jax.Array,
+    latent_BSQ: jax.Array,
+    q_BSHC: jax.Array,
+    kv_BSC: jax.Array,
+    sink_H: jax.Array,
+    where: Where,
+    freq: np.ndarray,
+  ) -> tuple[jax.Array, Aux]:
+    window, C = self.cfg.window, self.cfg.d_head
+    seen = self._seen(x_BSD, latent_BSQ, q_BSHC, kv_BSC, where, freq)
+    o_BSHC, lse_BSH = compressed_attention(
+      q_BSHC,
+      kv_BSC,
+      seen.entry_BNC,
+      sink_H,
+      seen.runs,
+      seen.index_BSK,
+      window=window,
+      scale=C**-0.5,
+    )
+    return o_BSHC, seen.aux(lse_BSH)
+
+  def _seen(
+    self,
+    x_BSD: jax.Array,
+    latent_BSQ: jax.Array,
+    q_BSHC: jax.Array,
+    kv_BSC: jax.Array,
+    where: Where,
+    freq: np.ndarray,
+  ) -> Seen:
+    del x_BSD, latent_BSQ, q_BSHC, freq
+    return Seen(kv_BSC[:, :0], self._runs(where, 0))
+
+  def _runs(self, where: Where, ratio: int) -> Spans:
+    window = self.cfg.window
+    return spans(where.position_BS, where.segment_BS, window=window, ratio=ratio)
 
   def _project(
     self, equation: str, x: jax.Array, name: str, shape: tuple[int, ...], spec: jax.P, **kwargs: Any
@@ -130,6 +206,14 @@ class HCA(Sliding):
     )
     return Branch(entries.entry_BNC, visible_BSN, {'compressor': new} if new else {}, lambda _: {})
 
+  def _seen(self, x_BSD, latent_BSQ, q_BSHC, kv_BSC, where, freq) -> Seen:
+    c = self.cfg
+    compressor = Compressor(
+      c.d_head, c.hca_ratio, False, self.std, self.eps, self.policy, name='compressor'
+    )
+    entries, _ = compressor(x_BSD, where, None, freq=freq)
+    return Seen(entries.entry_BNC, self._runs(where, c.hca_ratio))
+
   @staticmethod
   def empty_cache(cfg: CompressedConfig, batch: int, length: int, dtype: Any) -> Cache:
     """The window, and d_head numbers for every `hca_ratio` tokens."""
@@ -156,9 +240,10 @@ class CSA(Sliding):
     )
     entries, new = compressor(x_BSD, where, cache and cache['compressor'], freq=freq)
     indexer = EntryIndexer(c, self.std, self.eps, self.policy, name='indexer')
-    score_BSN, new_indexer = indexer(
+    scored, new_indexer = indexer(
       *jax.lax.stop_gradient((x_BSD, latent_BSQ)), where, cache and cache['indexer'], freq=freq
     )
+    score_BSN = entry_scores(*scored)
     visible_BSN = entries_visible(
       _index(where), entries.end_BN, where.segment_BS, entries.segment_BN
     )
@@ -174,6 +259,34 @@ class CSA(Sliding):
 
     caches = {'compressor': new, 'indexer': new_indexer} if new else {}
     return Branch(entries.entry_BNC, selected_BSN, caches, aux)
+
+  def _fuses(self, q_BSHC: jax.Array, kv_BSC: jax.Array) -> bool:
+    # the warm-up attends to all entries, which masks do
+    return self.cfg.stage == 'sparse' and super()._fuses(q_BSHC, kv_BSC)
+
+  def _seen(self, x_BSD, latent_BSQ, q_BSHC, kv_BSC, where, freq) -> Seen:
+    c = self.cfg
+    compressor = Compressor(
+      c.d_head, c.csa_ratio, True, self.std, self.eps, self.policy, name='compressor'
+    )
+    entry_BNC = compressor(x_BSD, where, None, freq=freq)[0].entry_BNC
+    indexer = EntryIndexer(c, self.std, self.eps, self.policy, name='indexer')
+    scored, _ = indexer(*jax.lax.stop_gradient((x_BSD, latent_BSQ)), where, None, freq=freq)
+    runs = self._runs(where, c.csa_ratio)
+    slots = -(-min(c.index_top_k, entry_BNC.shape[1]) // SLOT_BLOCK) * SLOT_BLOCK
+    index_BSK = choose(*scored, runs.entry_first_BS, runs.entry_count_BS, k=slots)
+    runs = runs._replace(entry_count_BS=jnp.minimum(runs.entry_count_BS, c.index_top_k))
+
+    def aux(lse_BSH: jax.Array) -> Aux:
+      if not c.index_loss_weight:
+        return {}
+      used_BSK = jnp.arange(slots) < runs.entry_count_BS[..., None]
+      mass_BSK = chosen_mass(q_BSHC, entry_BNC, lse_BSH, runs, index_BSK, scale=c.d_head**-0.5)
+      score_BSK = chosen_scores(*scored, index_BSK)
+      loss = index_loss(score_BSK, mass_BSK, used_BSK, where.segment_BS > 0)
+      return {'indexer_loss': c.index_loss_weight * loss}
+
+    return Seen(entry_BNC, runs, index_BSK, aux)
 
   @staticmethod
   def empty_cache(cfg: CompressedConfig, batch: int, length: int, dtype: Any) -> Cache:

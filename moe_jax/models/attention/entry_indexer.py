@@ -1,5 +1,7 @@
 """The indexer of compressed sparse attention: which entries a query will read."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,15 +12,22 @@ from moe_jax.config import CompressedConfig
 from moe_jax.models.attention.base import Cache, Where
 from moe_jax.models.attention.compressor import Compressor
 from moe_jax.models.layers import matmul, weight
-from moe_jax.ops.entry_index import entry_scores
 from moe_jax.ops.rope import rotate_last
 from moe_jax.precision import Policy
 
 # B batch  S sequence  N entries  D model  Q query latent width  H indexer heads  C indexer width
 
 
+class Scored(NamedTuple):
+  """What `ops.entry_index` scores entries from: those of other documents and later ones too."""
+
+  q_BSHC: jax.Array
+  entry_BNC: jax.Array
+  weight_BSH: jax.Array
+
+
 class EntryIndexer(nn.Module):
-  """Scores of every entry for every query, from small heads and small entries of its own.
+  """Scores every entry for every query, by small heads and small entries of its own.
 
   Source: arXiv:2606.19348, section 2.2, with the two constants of the released code that the report
   leaves out: they do not change the choice, they do change the training loss.
@@ -38,8 +47,7 @@ class EntryIndexer(nn.Module):
     cache: Cache | None,
     *,
     freq: np.ndarray,
-  ) -> tuple[jax.Array, Cache | None]:
-    """Returns float32 scores [B, S, N], entries of other documents and later ones included."""
+  ) -> tuple[Scored, Cache | None]:
     c, D, Q = self.cfg, x_BSD.shape[-1], latent_BSQ.shape[-1]
     q_QHC = weight(self, 'q_QHC', (Q, c.num_index_heads, c.d_index), sh.HEADS_DHC, std=self.std)
     weight_DH = weight(self, 'weight_DH', (D, c.num_index_heads), sh.MATRIX_DF, std=self.std)
@@ -54,4 +62,4 @@ class EntryIndexer(nn.Module):
       c.d_index, c.csa_ratio, True, self.std, self.eps, self.policy, name='compressor'
     )
     entries, cache = compressor(x_BSD, where, cache, freq=freq)
-    return entry_scores(q_BSHC, entries.entry_BNC, weight_BSH), cache
+    return Scored(q_BSHC, entries.entry_BNC, weight_BSH), cache

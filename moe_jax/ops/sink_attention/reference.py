@@ -63,3 +63,37 @@ def sink_attention(
   p_BHST = e_BHST / (e_BHST.sum(-1, keepdims=True) + jnp.exp(sink_H11 - most_BHS1))
   o_BSHC = jnp.einsum('bhst,btc->bshc', p_BHST.astype(key_BTC.dtype), key_BTC)
   return o_BSHC, p_BHST.sum(1)
+
+
+def logsumexp(
+  q_BSHC: Float[Array, 'B S H C'],
+  key_BTC: Float[Array, 'B T C'],
+  sink_H: Float[Array, 'H'],
+  visible_BST: Bool[Array, 'B S T'],
+  *,
+  scale: float,
+) -> Float[Array, 'B S H']:
+  """Base-2 logarithm of the softmax's denominator, the sink included."""
+  score_BSHT = jnp.einsum('bshc,btc->bsht', q_BSHC, key_BTC, preferred_element_type=jnp.float32)
+  score_BSHT = jnp.where(visible_BST[:, :, None], score_BSHT * scale, -jnp.inf)
+  lse_BSH = jax.nn.logsumexp(score_BSHT, axis=-1)
+  return jnp.logaddexp(lse_BSH, sink_H.astype(jnp.float32)) / jnp.log(2.0)
+
+
+def chosen_mass(
+  q_BSHC: Float[Array, 'B S H C'],
+  entry_BNC: Float[Array, 'B N C'],
+  lse_BSH: Float[Array, 'B S H'],
+  index_BSK: Int[Array, 'B S K'],
+  count_BS: Int[Array, 'B S'],
+  *,
+  scale: float,
+) -> Float[Array, 'B S K']:
+  """The attention that each slot's entry got, summed over heads; 0 in slots from `count` on."""
+  chosen_BSKC = jax.vmap(lambda entry_NC, index_SK: entry_NC[index_SK])(entry_BNC, index_BSK)
+  score_BSHK = jnp.einsum(
+    'bshc,bskc->bshk', q_BSHC, chosen_BSKC, preferred_element_type=jnp.float32
+  )
+  p_BSHK = jnp.exp(score_BSHK * scale - lse_BSH[..., None] * jnp.log(2.0))
+  used_BSK = jnp.arange(index_BSK.shape[-1]) < count_BS[..., None]
+  return jnp.where(used_BSK, p_BSHK.sum(2), 0)
