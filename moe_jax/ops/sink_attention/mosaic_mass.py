@@ -1,7 +1,8 @@
 """Hopper kernel: how much attention each chosen entry got, summed over 64 heads of a query.
 
 The first product of mosaic_forward.py again, with the logsumexp known: no running maximum and no
-second product. Two warpgroups take 32 of a block's 64 keys each. Bound: reading the rows from L2.
+second product. Keys are the rows of the product, so that the sum over heads stays within a thread's
+four; two warpgroups take every other block of 64 keys. Bound: reading the rows from L2.
 """
 
 # T queries  H heads  R rows  C width  K slots of a query
@@ -17,8 +18,7 @@ from moe_jax.ops.sink_attention.mosaic_forward import LOG2E
 from moe_jax.ops.sink_attention.mosaic_plan import HEADS, Plan
 
 _SLOTS = 2
-_HALF = mg.BLOCK // 2
-_ROW = plgpu.Layout.WGMMA.reduce(1)
+_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 def mass(
@@ -42,7 +42,7 @@ def mass(
 
   def kernel(
     q_g, row_g, run_g, index_g, lse_g, out_g,
-    q_s, k_s, out_s, lse_s, q_full, q_free, ready, free, landed,
+    q_s, k_s, out_s, q_full, q_free, ready, free, landed,
   ):  # fmt: skip
     group = lax.axis_index('warpgroup')
     slot_of = lambda block: lax.rem(block, jnp.int32(_SLOTS))
@@ -55,33 +55,35 @@ def mass(
       def weigh(i, done):
         item = plan.item(i, run_g)
         plgpu.barrier_wait(q_full)
-        lse = plgpu.load(lse_s, layout=_ROW, optimized=False)
+        lse = plgpu.load(lse_g.at[item.query, item.heads], layout=_COLUMN, optimized=False)
+        # this one's blocks are those that come into its slot
+        first = lax.rem(done + group, jnp.int32(_SLOTS))
 
-        def block(j, _):
+        def block(n, _):
           mine = mg.opaque(group, native=native)
-          keys = pl.ds(mine * _HALF, _HALF)
-          slot = slot_of(done + j)
-          mg.wait(landed, slot, lax.div(done + j, jnp.int32(_SLOTS)), native=native)
+          j = first + n * _SLOTS
+          mg.wait(landed, mine, lax.div(done + j, jnp.int32(_SLOTS)), native=native)
 
           def scores(ref):
             for c in range(2):
-              k = k_s.at[slot, keys, c * columns : (c + 1) * columns]
-              plgpu.wgmma(ref, q_s.at[c + 2 * (mine - group)], k.T)
+              k = k_s.at[mine, :, c * columns : (c + 1) * columns]
+              plgpu.wgmma(ref, k, q_s.at[c + 2 * (mine - group)].T)
             return ref[...]
 
-          accumulator = plgpu.WGMMAAccumulatorRef((HEADS, _HALF), jnp.float32)
+          accumulator = plgpu.WGMMAAccumulatorRef((mg.BLOCK, HEADS), jnp.float32)
           s = pl.run_scoped(scores, accumulator) * (scale * LOG2E)
-          plgpu.barrier_arrive(free.at[slot])
-          p = jnp.exp2(s - lax.broadcast_in_dim(lse, s.shape, [0]))
-          at = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
-          p = jnp.where(at < item.live(j) - group * _HALF, p, 0.0)
+          plgpu.barrier_arrive(free.at[mine])
+          p = jnp.exp2(s - lax.broadcast_in_dim(lse, s.shape, [1]))
+          at = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA)
+          p = jnp.where(at < item.live(j), p, 0.0)
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-          out_s[group] = p.sum(axis=0)
+          out_s[group] = p.sum(axis=1)
           plgpu.commit_smem()
-          place = pl.ds(j * mg.BLOCK + group * _HALF, _HALF)
+          place = pl.ds(j * mg.BLOCK, mg.BLOCK)
           plgpu.copy_smem_to_gmem(out_s.at[group], out_g.at[item.head_block, item.query, place])
 
-        lax.fori_loop(0, item.blocks, block, None)
+        share = lax.div(item.blocks - first + _SLOTS - 1, jnp.int32(_SLOTS))
+        lax.fori_loop(0, lax.max(share, 0), block, None)
         plgpu.barrier_arrive(q_free)
         return done + item.blocks
 
@@ -101,7 +103,6 @@ def mass(
         def _():
           plgpu.barrier_wait(q_free)
 
-        plgpu.copy_gmem_to_smem(lse_g.at[item.query, item.heads], lse_s, q_full)
         for c in range(2):
           at = item.query, item.heads, pl.ds(c * columns, columns)
           plgpu.copy_gmem_to_smem(q_g.at[at], q_s.at[c], q_full)
@@ -134,12 +135,11 @@ def mass(
     scratch_types=(
       tile(2, HEADS, columns),
       tile(_SLOTS, mg.BLOCK, C),
-      plgpu.SMEM((2, _HALF), jnp.float32),
-      plgpu.SMEM((HEADS,), jnp.float32),
-      plgpu.Barrier(num_arrivals=3),
+      plgpu.SMEM((2, mg.BLOCK), jnp.float32),
+      plgpu.Barrier(num_arrivals=2),
       plgpu.Barrier(num_arrivals=2),
       plgpu.Barrier(),
-      plgpu.Barrier(num_arrivals=2, num_barriers=_SLOTS),
+      plgpu.Barrier(num_barriers=_SLOTS),
       mg.arrivals(_SLOTS, native=native),
     ),
     name='sink_attention_mass',
