@@ -33,7 +33,8 @@ OUTSIDE = {
   'config': set(),
   'config_io': set(),
   'sharding': {'jax'},
-  'ops': {'jax', 'numpy', 'jaxtyping', 'einops'},
+  # jaxlib's MLIR is what Mosaic's inlined code is made of
+  'ops': {'jax', 'jaxlib', 'numpy', 'jaxtyping', 'einops'},
   'routing': {'jax', 'numpy', 'jaxtyping', 'einops'},
 }
 # Programs, from the highest; each knows all that is below it.

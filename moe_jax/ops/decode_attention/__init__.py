@@ -1,0 +1,143 @@
+"""Attention of new tokens over a cache of MLA latents, in the absorbed form.
+
+  o_BSHV = decode_attention(q_BSHV, q_rope_BSHC, latent_BTV, rope_BTC, start_B, scale=scale)
+
+Query s of row b sees the first start_b + s + 1 places of the row's cache, or with an index the
+places that it names. Backends: 'mosaic' (Hopper, bfloat16) and 'reference', the definition.
+"""
+
+# B rows  S new tokens  H heads  V latent (value) width  C rope width  T places  K slots of a query
+# N queries (B*S)  P parts of a query's keys
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moe_jax.ops.attention import latent_attention
+from moe_jax.ops.sparse_mla import mosaic
+from moe_jax.ops.sparse_mla import sparse_mla as attend
+from moe_jax.ops.sparse_mla.mosaic_forward import HEADS, Keys
+
+IMPLEMENTATIONS = ('mosaic', 'reference')
+_BLOCK = 64
+# fewer keys than this in a part cost more to combine than they save
+_LEAST_KEYS = 256
+# blocks for each SM to have one, and half of the next round
+_BLOCKS_WANTED = 198
+_log = logging.getLogger(__name__)
+
+
+def decode_attention(
+  q_BSHV: Float[Array, 'B S H V'],
+  q_rope_BSHC: Float[Array, 'B S H C'],
+  latent_BTV: Float[Array, 'B T V'],
+  rope_BTC: Float[Array, 'B T C'],
+  start_B: Int[Array, 'B'],
+  *,
+  scale: float,
+  implementation: str | None = None,
+) -> Float[Array, 'B S H V']:
+  """Weighted latents; float32 softmax, q's dtype out. No gradient with 'mosaic'.
+
+  Few queries over a long cache are cut into parts, whose results are joined by their logsumexp.
+
+  Args:
+    start_B: int32 tokens in the cache before the new ones, which are in it already. What lies
+      behind them must be finite.
+    implementation: 'mosaic' or 'reference', which then runs or raises NotImplementedError with the
+      reason. None takes the fastest that can.
+
+  Source: arXiv:2405.04434, section 2.1 (the absorbed form).
+  """
+  (B, S, H, V), T = q_BSHV.shape, latent_BTV.shape[1]
+  end_BS = jnp.minimum(start_B[:, None] + jnp.arange(S) + 1, T)
+  if _choose(implementation, q_BSHV, q_rope_BSHC, T) == 'reference':
+    visible_BST = jnp.arange(T) < end_BS[..., None]
+    return latent_attention(q_BSHV, q_rope_BSHC, latent_BTV, rope_BTC, visible_BST, scale=scale)
+  parts = num_parts(B * S, H, T)
+  first_N = jnp.repeat(jnp.arange(B, dtype=jnp.int32) * T, S)
+  keys = consecutive(first_N, end_BS.reshape(-1), parts)
+  flat = lambda a: a.reshape(-1, *a.shape[2:])
+  named = Keys(flat(latent_BTV), flat(rope_BTC), *keys)
+  o, lse = mosaic.forward(flat(q_BSHV), flat(q_rope_BSHC), named, scale=scale, splits=parts)
+  return join(o, lse, parts).reshape(B, S, H, V)
+
+
+def sparse_decode_attention(
+  q_BSHV: Float[Array, 'B S H V'],
+  q_rope_BSHC: Float[Array, 'B S H C'],
+  latent_BTV: Float[Array, 'B T V'],
+  rope_BTC: Float[Array, 'B T C'],
+  index_BSK: Int[Array, 'B S K'],
+  count_BS: Int[Array, 'B S'],
+  *,
+  scale: float,
+  implementation: str | None = None,
+) -> Float[Array, 'B S H V']:
+  """As decode_attention over the places index[b, s, :count[b, s]] of row b's cache."""
+  (B, S, H, V), T, K = q_BSHV.shape, latent_BTV.shape[1], index_BSK.shape[2]
+  chosen = _choose(implementation, q_BSHV, q_rope_BSHC, T)
+  flat = lambda a: a.reshape(-1, *a.shape[2:])
+  index_NK = flat(index_BSK + (jnp.arange(B, dtype=jnp.int32) * T)[:, None, None])
+  q, q_rope, latent, rope = map(flat, (q_BSHV, q_rope_BSHC, latent_BTV, rope_BTC))
+  count_N = count_BS.reshape(-1)
+  if chosen == 'reference':
+    o_NHV, _ = attend(q, q_rope, latent, rope, index_NK, count_N, scale=scale, implementation='xla')
+    return o_NHV.reshape(B, S, H, V)
+  parts = num_parts(B * S, H, K)
+  share = -(-K // (parts * _BLOCK)) * _BLOCK
+  index_NK = jnp.where(jnp.arange(K) < count_N[:, None], index_NK, 0)
+  index_NK = jnp.pad(index_NK, ((0, 0), (0, parts * share - K)))
+  count_NP = jnp.clip(count_N[:, None] - jnp.arange(parts) * share, 0, share)
+  keys = Keys(latent, rope, index_NK.reshape(-1, share), count_NP.reshape(-1).astype(jnp.int32))
+  o, lse = mosaic.forward(q, q_rope, keys, scale=scale, splits=parts)
+  return join(o, lse, parts).reshape(B, S, H, V)
+
+
+def num_parts(num_queries: int, num_heads: int, num_keys: int) -> int:
+  """Into how many parts a query's keys are cut, so that there is a block for every SM."""
+  blocks = num_queries * max(1, num_heads // HEADS)
+  return max(1, min(-(-_BLOCKS_WANTED // blocks), num_keys // _LEAST_KEYS))
+
+
+def consecutive(first_N: jax.Array, count_N: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
+  """First key and number of keys of every part, in whole blocks but for the last. [N*P] each."""
+  share_N1 = (-(-count_N // (parts * _BLOCK)) * _BLOCK)[:, None]
+  begin_NP = jnp.arange(parts, dtype=jnp.int32) * share_N1
+  count_NP = jnp.clip(count_N[:, None] - begin_NP, 0, share_N1)
+  row_NP = first_N[:, None] + jnp.where(count_NP > 0, begin_NP, 0)
+  return row_NP.reshape(-1).astype(jnp.int32), count_NP.reshape(-1).astype(jnp.int32)
+
+
+def join(o: jax.Array, lse: jax.Array, parts: int) -> jax.Array:
+  """[N*P, H, V] and [N*P, H] of the parts -> [N, H, V]: their mean, weighed by exp(lse)."""
+  if parts == 1:
+    return o
+  o_NPHV, lse_NPH = (a.reshape(-1, parts, *a.shape[1:]) for a in (o, lse))
+  weight_NPH = jax.nn.softmax(lse_NPH, axis=1)
+  return jnp.einsum('nphv,nph->nhv', o_NPHV.astype(jnp.float32), weight_NPH).astype(o.dtype)
+
+
+def _choose(implementation: str | None, q_BSHV, q_rope_BSHC, num_places: int) -> str:
+  if implementation not in (None, *IMPLEMENTATIONS):
+    raise ValueError(f'implementation={implementation!r} must be None or in {IMPLEMENTATIONS}.')
+  if implementation == 'reference':
+    return 'reference'
+  (H, V), C = q_BSHV.shape[-2:], q_rope_BSHC.shape[-1]
+  problem = mosaic.unsupported(q_BSHV.dtype, H, V, C)
+  if problem is None and num_places % 8:
+    problem = f'needs a cache of a multiple of 8 places, got {num_places}'
+  if problem is None:
+    return 'mosaic'
+  if implementation == 'mosaic':
+    raise NotImplementedError(f'decode_attention, mosaic: {problem}.')
+  _log_fallback(problem)
+  return 'reference'
+
+
+@functools.cache
+def _log_fallback(problem: str) -> None:
+  _log.info('decode_attention: reference instead of mosaic, which %s.', problem)

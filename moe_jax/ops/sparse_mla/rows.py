@@ -1,0 +1,96 @@
+"""Sums of scattered rows without atomics: the inverse of a gather, the same bits every time.
+
+  order, start = inverse(index)        which rows name each key, in order
+  out[s] = sum of rows[order[start[s]:start[s + 1]]]
+
+Sorting pairs by key takes linear time (a radix sort on the GPU), and each key's rows are then read
+by one program in a fixed order: each row once, at the speed of device memory.
+"""
+
+# N rows  S keys  X width
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+_ROWS = 8
+
+
+def inverse(index_N: jax.Array, num_keys: int) -> tuple[jax.Array, jax.Array]:
+  """Rows by key, stably, [N], and where each key's begin, [S+1]. Key `num_keys` is nobody's."""
+  row_N = jnp.arange(index_N.size, dtype=jnp.int32)
+  key_N, order_N = lax.sort((index_N.astype(jnp.int32), row_N), num_keys=1, is_stable=True)
+  start = jnp.searchsorted(key_N, jnp.arange(num_keys + 1, dtype=jnp.int32))
+  return order_N, start.astype(jnp.int32)
+
+
+def add_rows(
+  total_SX: jax.Array, rows_NX: jax.Array, order_N: jax.Array, start: jax.Array
+) -> jax.Array:
+  """total + each key's rows, in float32."""
+  if jax.default_backend() == 'gpu' and _pieces(rows_NX.shape[1]):
+    return triton_add_rows(total_SX, rows_NX, order_N, start)
+  key_N = jnp.searchsorted(start, jnp.arange(order_N.size), side='right') - 1
+  sums = jax.ops.segment_sum(
+    rows_NX[order_N].astype(jnp.float32), key_N, total_SX.shape[0] + 1, indices_are_sorted=True
+  )
+  return total_SX + sums[:-1]
+
+
+def _pieces(width: int) -> list[tuple[int, int]]:
+  """Powers of two, of at least 32, that make up the width: first column and size."""
+  if width % 32:
+    return []
+  bits = [1 << n for n in reversed(range(width.bit_length())) if width >> n & 1]
+  return [(sum(bits[:i]), size) for i, size in enumerate(bits)]
+
+
+def triton_add_rows(
+  total_SX: jax.Array,
+  rows_NX: jax.Array,
+  order_N: jax.Array,
+  start: jax.Array,
+  *,
+  num_warps: int = 4,
+  rows_a_step: int = _ROWS,
+  interpret: bool = False,
+) -> jax.Array:
+  """As add_rows, by a Pallas-Triton kernel: a program a key, 8 rows at a time."""
+  num_keys, X = total_SX.shape
+  pieces = _pieces(X)
+
+  def kernel(total_g, rows_g, order_g, start_g, out_g):
+    key = pl.program_id(0)
+    first, end = start_g[key], start_g[key + 1]
+
+    def step(i, sums):
+      at = first + i * rows_a_step + jnp.arange(rows_a_step, dtype=jnp.int32)
+      inside = at < end
+      row = plt.load(order_g.at[at], mask=inside, other=0)
+
+      def piece(column, size, total):
+        shape = (rows_a_step, size)
+        columns = column + jnp.arange(size, dtype=jnp.int32)
+        index = jnp.broadcast_to(row[:, None], shape), jnp.broadcast_to(columns[None], shape)
+        mask = jnp.broadcast_to(inside[:, None], shape)
+        part = plt.load(rows_g.at[index], mask=mask, other=0.0)
+        return total + part.astype(jnp.float32).sum(0)
+
+      return tuple(piece(*at, total) for at, total in zip(pieces, sums, strict=True))
+
+    start_sums = tuple(plt.load(total_g.at[key, pl.ds(*at)]) for at in pieces)
+    sums = lax.fori_loop(0, pl.cdiv(end - first, rows_a_step), step, start_sums)
+    for at, value in zip(pieces, sums, strict=True):
+      plt.store(out_g.at[key, pl.ds(*at)], value)
+
+  return pl.pallas_call(
+    kernel,
+    grid=(num_keys,),
+    out_shape=jax.ShapeDtypeStruct(total_SX.shape, jnp.float32),
+    input_output_aliases={0: 0},
+    compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=2),
+    interpret=interpret,
+    name='add_rows',
+  )(total_SX, rows_NX, order_N, start)
