@@ -19,7 +19,6 @@ RESULTS = pathlib.Path(__file__).parent / 'results'
 class Row:
   work: str
   shape: str
-  sizes: str
   by: str
   ms: float
   spread: float
@@ -28,7 +27,14 @@ class Row:
   unit: str
   # of the chip's limit, 0 to 1
   of_limit: float
+  # of the groups, where there are some
+  sizes: str = ''
   error: float | None = None
+  # what must move to and from device memory, counted, and the memory in use at the peak
+  gigabytes: float | None = None
+  peak_gib: float | None = None
+  # in tokens, of the rows that show how cost grows with it
+  length: int | None = None
   note: str = ''
 
 
@@ -49,7 +55,9 @@ def show(rows: list[Row], title: str) -> None:
   table = Table(title=title, caption='useful operations only; spread is (max - min) / median')
   for name in ('work', 'shape', 'group sizes', 'by'):
     table.add_column(name)
-  for name in ('ms', 'spread', 'rate', 'of limit', 'error'):
+  # columns that some suites have
+  extra = [n for n in ('gigabytes', 'peak_gib') if any(getattr(r, n) is not None for r in rows)]
+  for name in ('ms', 'spread', 'rate', 'of limit', 'error', *extra):
     table.add_column(name, justify='right')
   for row in rows:
     table.add_row(
@@ -62,6 +70,7 @@ def show(rows: list[Row], title: str) -> None:
       f'{row.rate:.0f} {row.unit}',
       f'{row.of_limit:.0%}',
       '' if row.error is None else f'{row.error:.1e}',
+      *('' if getattr(row, n) is None else f'{getattr(row, n):.2f}' for n in extra),
     )
   # without a terminal rich assumes 80 columns and cuts the numbers
   console = Console()

@@ -137,10 +137,10 @@ def key_grads(
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(empty.at[slot])
 
-          masked, clear = (functools.partial(one_step, masked=masked) for masked in (True, False))
+          masked, unmasked = (functools.partial(one_step, masked=m) for m in (True, False))
           lax.fori_loop(begin, mine_begin, pass_by, None)
           lax.fori_loop(mine_begin, clear_begin, masked, None)
-          lax.fori_loop(clear_begin, clear_end, clear, None)
+          lax.fori_loop(clear_begin, clear_end, unmasked, None)
           lax.fori_loop(clear_end, mine_end, masked, None)
           lax.fori_loop(mine_end, end, pass_by, None)
 
@@ -154,7 +154,7 @@ def key_grads(
       # past row S, TMA drops what it is given
       plgpu.copy_smem_to_gmem(k_mine, dk_g.at[b, rows, g])
       plgpu.copy_smem_to_gmem(v_mine, dv_g.at[b, rows, g])
-      plgpu.wait_smem_to_gmem(0)
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(group == 2)
     def _():
@@ -175,7 +175,9 @@ def key_grads(
           plgpu.copy_gmem_to_smem(do_g.at[b, rows, h], do_s.at[slot], do_full.at[slot])
           plgpu.copy_gmem_to_smem(delta_g.at[b, h, rows], delta_s.at[slot], do_full.at[slot])
 
-        lax.fori_loop(begin, end, load, None)
+        # there is a first step, and it need not wait until `end` has come from device memory
+        load(begin, None)
+        lax.fori_loop(begin + 1, end, load, None)
 
       lax.fori_loop(0, heads, one_head, None)
       total = heads * (end - begin)
@@ -233,8 +235,10 @@ def query_grads(
     b, h, t = (lax.axis_index(name) for name in ('row', 'head', 'tile'))
     group = lax.axis_index('warpgroup')
     base = (num_tiles - 1 - t) * ROWS
-    begin = lax.div(first_g[b, base], jnp.int32(N))
+    # block i is the i-th from the end, which is known at once
     end = pl.cdiv(lax.min(base + ROWS, S), N)
+    num_blocks = end - lax.div(first_g[b, base], jnp.int32(N))
+    slot_of = lambda i: lax.rem(i, jnp.int32(stages))
 
     @pl.when(group < 2)
     def _():
@@ -247,23 +251,24 @@ def query_grads(
       first = by_row(first_g.at[b, rows])
       lse = along_rows(by_row(lse_g.at[b, h, rows]), N)
       delta = along_rows(by_row(delta_g.at[b, h, rows]), N)
-      # steps with keys that some, or all, of this warpgroup's queries see
-      mine_begin = lax.div(first_g[b, row], jnp.int32(N))
-      mine_end = lax.min(pl.cdiv(row + SLAB, N), end)
-      clear_begin = lax.min(pl.cdiv(first_g[b, row + SLAB - 1], N), mine_end)
-      clear_end = lax.clamp(clear_begin, lax.div(row, jnp.int32(N)), mine_end)
+      # blocks before these hold keys later than any query of this warpgroup, later than some, that
+      # all see, before the `first` of some; and in the rest of any
+      mine = lax.max(end - pl.cdiv(row + SLAB, N), 0)
+      none = end - lax.div(first_g[b, row], jnp.int32(N))
+      clear = lax.min(end - lax.div(row, jnp.int32(N)), none)
+      early = lax.clamp(clear, end - pl.cdiv(first_g[b, row + SLAB - 1], N), none)
       left = None if in_registers else left_s.at[group]
       plgpu.barrier_wait(q_full.at[group])
 
       def accumulate(dq_ref):
-        def pass_by(step, _):
-          slot = lax.rem(step - begin, jnp.int32(stages))
+        def pass_by(i, _):
+          slot = slot_of(i)
           for full, empty in ((k_full, k_empty), (v_full, v_empty)):
             plgpu.barrier_wait(full.at[slot])
             plgpu.barrier_arrive(empty.at[slot])
 
-        def one_step(step, _, masked):
-          slot = lax.rem(step - begin, jnp.int32(stages))
+        def one_step(i, _, masked):
+          slot = slot_of(i)
 
           def run(s_ref, dp_ref):
             plgpu.barrier_wait(k_full.at[slot])
@@ -273,7 +278,7 @@ def query_grads(
             # p is computed while dp is still under way
             p = jnp.exp2(plgpu.wgmma_accumulator_load(s_ref, wait_n=1) * scale2 - lse)
             if masked:
-              key, query = index(p.shape, 1) + step * N, index(p.shape, 0) + row
+              key, query = index(p.shape, 1) + (end - 1 - i) * N, index(p.shape, 0) + row
               p = jnp.where((key >= along_rows(first, N)) & (key <= query), p, 0)
             return p, dp_ref[...]
 
@@ -284,12 +289,12 @@ def query_grads(
           plgpu.wgmma_wait(0)
           plgpu.barrier_arrive(k_empty.at[slot])
 
-        masked, clear = (functools.partial(one_step, masked=masked) for masked in (True, False))
-        lax.fori_loop(begin, mine_begin, pass_by, None)
-        lax.fori_loop(mine_begin, clear_begin, masked, None)
-        lax.fori_loop(clear_begin, clear_end, clear, None)
-        lax.fori_loop(clear_end, mine_end, masked, None)
-        lax.fori_loop(mine_end, end, pass_by, None)
+        masked, unmasked = (functools.partial(one_step, masked=m) for m in (True, False))
+        lax.fori_loop(0, mine, pass_by, None)
+        lax.fori_loop(mine, clear, masked, None)
+        lax.fori_loop(clear, early, unmasked, None)
+        lax.fori_loop(early, none, masked, None)
+        lax.fori_loop(none, num_blocks, pass_by, None)
         return dq_ref[...]
 
       dq = pl.run_scoped(accumulate, ACC((SLAB, C), jnp.float32))
@@ -297,13 +302,14 @@ def query_grads(
       plgpu.commit_smem()
       # past row S, TMA drops what it is given
       plgpu.copy_smem_to_gmem(q_mine, dq_g.at[b, rows, h])
-      plgpu.wait_smem_to_gmem(0)
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(group == 2)
     def _():
       plgpu.set_max_registers(24, action='decrease')
       rings = (k_s, k_full, k_empty), (v_s, v_full, v_empty)
-      load_keys((k_g, v_g), rings, at=(b, lax.div(h, jnp.int32(H // G))), begin=begin, end=end)
+      at = b, lax.div(h, jnp.int32(H // G))
+      load_keys((k_g, v_g), rings, at=at, end=end, num_blocks=num_blocks)
 
   return launch(
     kernel,

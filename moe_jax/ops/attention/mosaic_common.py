@@ -80,8 +80,8 @@ def accumulated(run: Callable, *sums: jax.Array) -> Any:
   return pl.run_state(lambda refs: run(*refs))(tuple(ACC.init(x) for x in sums))
 
 
-def load_keys(refs, rings, *, at, begin: jax.Array, end: jax.Array) -> None:
-  """The loading warpgroup of a kernel that walks over the blocks [begin, end) of keys and values.
+def load_keys(refs, rings, *, at, end: jax.Array, num_blocks: jax.Array) -> None:
+  """The loading warpgroup of a kernel that walks down `num_blocks` blocks of keys, from `end`.
 
   Args:
     refs: keys and values in device memory, [B, S, G, width].
@@ -89,24 +89,26 @@ def load_keys(refs, rings, *, at, begin: jax.Array, end: jax.Array) -> None:
     at: row of the batch and key head.
   """
   (b, g), (stages, num_keys) = at, rings[0][0].shape[:2]
-  slot_of = lambda step: lax.rem(step - begin, jnp.int32(stages))
+  slot_of = lambda i: lax.rem(i, jnp.int32(stages))
 
-  def load(step, _):
-    slot, keys = slot_of(step), pl.ds(step * num_keys, num_keys)
+  def load(i, _):
+    slot, keys = slot_of(i), pl.ds((end - 1 - i) * num_keys, num_keys)
     for ref, (ring, full, empty) in zip(refs, rings, strict=True):
 
-      @pl.when(step - begin >= stages)
+      @pl.when(i >= stages)
       def _(empty=empty):
         plgpu.barrier_wait(empty.at[slot])
 
       # past the last row TMA writes zeros
       plgpu.copy_gmem_to_smem(ref.at[b, keys, g], ring.at[slot], full.at[slot])
 
-  lax.fori_loop(begin, end, load, None)
+  # there is a first block, and it need not wait until `num_blocks` has come from device memory
+  load(jnp.int32(0), None)
+  lax.fori_loop(1, num_blocks, load, None)
 
   # the last releases must have arrived before the block, and its barriers, may end
-  def drain(step, _):
+  def drain(i, _):
     for _, _, empty in rings:
-      plgpu.barrier_wait(empty.at[slot_of(step)])
+      plgpu.barrier_wait(empty.at[slot_of(i)])
 
-  lax.fori_loop(lax.max(begin, end - stages), end, drain, None)
+  lax.fori_loop(lax.max(0, num_blocks - stages), num_blocks, drain, None)

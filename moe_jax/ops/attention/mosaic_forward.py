@@ -8,7 +8,7 @@
   order        the last tile of a head first: it has the most keys
 
 A query sees the keys [first, itself]. `first` is nondecreasing along a row, so a tile visits the
-blocks from its first query's `first` to its end, and masks only those that hold a border.
+blocks from its end down to its first query's `first`, and masks only those that hold a border.
 
 Traffic from device memory: queries and the output once; keys and values once as long as a head's
 fit into L2. Bound: the tensor cores under the chip's power limit, 2 (C + V) operations a score.
@@ -79,9 +79,10 @@ def forward(
     b, h, t = (lax.axis_index(name) for name in ('row', 'head', 'tile'))
     group = lax.axis_index('warpgroup')
     base = (num_tiles - 1 - t) * ROWS
-    begin = lax.div(first_g[b, base], jnp.int32(N))
+    # block i is the i-th from the end, which is known at once
     end = pl.cdiv(lax.min(base + ROWS, S), N)
-    last = end - 1
+    num_blocks = end - lax.div(first_g[b, base], jnp.int32(N))
+    slot_of = lambda i: lax.rem(i, jnp.int32(stages))
 
     @pl.when(group < 2)
     def _():
@@ -90,11 +91,11 @@ def forward(
       rows = pl.ds(row, SLAB)
       plgpu.copy_gmem_to_smem(q_g.at[b, rows, h], q_s.at[group], q_full.at[group])
       full = lambda shape, x, layout: plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)
-      slot_of = lambda step: lax.rem(step - begin, jnp.int32(stages))
       first = by_row(first_g.at[b, rows])
-      # blocks with a key before the `first` of some query, with all keys seen, with later keys
-      clear_begin = lax.min(pl.cdiv(first_g[b, row + SLAB - 1], N), last)
-      clear_end = lax.clamp(clear_begin, lax.div(row, jnp.int32(N)), last)
+      # blocks before these hold keys later than some query, keys that all see; the rest holds keys
+      # before the `first` of some query
+      clear = lax.min(end - lax.div(row, jnp.int32(N)), num_blocks - 1)
+      early = lax.clamp(clear, end - pl.cdiv(first_g[b, row + SLAB - 1], N), num_blocks - 1)
 
       def wait_turn():
         plgpu.barrier_wait(turn.at[group])
@@ -102,27 +103,27 @@ def forward(
       def pass_turn():
         plgpu.barrier_arrive(turn.at[1 - group])
 
-      def await_stage(full_barrier, step):
-        plgpu.barrier_wait(full_barrier.at[slot_of(step)])
+      def await_stage(full_barrier, i):
+        plgpu.barrier_wait(full_barrier.at[slot_of(i)])
 
-      def release(empty_barrier, step):
-        plgpu.barrier_arrive(empty_barrier.at[slot_of(step)])
+      def release(empty_barrier, i):
+        plgpu.barrier_arrive(empty_barrier.at[slot_of(i)])
 
-      def add_scores(s_ref, step):
-        plgpu.wgmma(s_ref, q_s.at[group], k_s.at[slot_of(step)].T)
+      def add_scores(s_ref, i):
+        plgpu.wgmma(s_ref, q_s.at[group], k_s.at[slot_of(i)].T)
 
-      def scores(step):
+      def scores(i):
         def run(s_ref):
-          add_scores(s_ref, step)
+          add_scores(s_ref, i)
           pass_turn()
           return s_ref[...]
 
         s = pl.run_scoped(run, ACC((SLAB, N), jnp.float32))
-        release(k_empty, step)
+        release(k_empty, i)
         return s
 
-      def add_values(sums, p, step):
-        v_slot = v_s.at[slot_of(step)]
+      def add_values(sums, p, i):
+        v_slot = v_s.at[slot_of(i)]
         if in_registers:
           (sums,) = accumulated(lambda ref: plgpu.wgmma(ref, p, v_slot), sums)
         else:
@@ -132,28 +133,28 @@ def forward(
             return ref[...]
 
           sums = sums + pl.run_scoped(run, ACC((SLAB, V), jnp.float32))
-        release(v_empty, step)
+        release(v_empty, i)
         return sums
 
-      def add_values_then_scores(sums, p, step):
+      def add_values_then_scores(sums, p, i):
         """Both products in one turn, the second not waiting for the first."""
         if not in_registers:
-          return add_values(sums, p, step), scores(step + 1)
+          return add_values(sums, p, i), scores(i + 1)
 
         def run(sums_ref, s_ref):
-          plgpu.wgmma(sums_ref, p, v_s.at[slot_of(step)])
-          add_scores(s_ref, step + 1)
+          plgpu.wgmma(sums_ref, p, v_s.at[slot_of(i)])
+          add_scores(s_ref, i + 1)
           pass_turn()
 
         sums, s = accumulated(run, sums, full((SLAB, N), 0, MATRIX))
-        release(v_empty, step)
-        release(k_empty, step + 1)
+        release(v_empty, i)
+        release(k_empty, i + 1)
         return sums, s
 
-      def softmax(carry, step, masked):
+      def softmax(carry, i, masked):
         s, largest, total, sums = carry
         if masked:
-          key, query = index(s.shape, 1) + step * N, index(s.shape, 0) + row
+          key, query = index(s.shape, 1) + (end - 1 - i) * N, index(s.shape, 0) + row
           s = jnp.where((key >= along_rows(first, N)) & (key <= query), s, -jnp.inf)
         new = jnp.maximum(largest, s.max(axis=1) * (scale * base2))
         shrink = jnp.exp2(largest - new)
@@ -163,27 +164,28 @@ def forward(
         # all of it before the turn, not during it
         return lax.optimization_barrier((p.astype(dtype), new, total, sums))
 
-      def one_block(step, carry, masked):
-        p, largest, total, sums = softmax(carry, step, masked)
-        await_stage(v_full, step)
-        await_stage(k_full, step + 1)
+      def one_block(i, carry, masked):
+        p, largest, total, sums = softmax(carry, i, masked)
+        await_stage(v_full, i)
+        await_stage(k_full, i + 1)
         wait_turn()
-        sums, s = add_values_then_scores(sums, p, step)
+        sums, s = add_values_then_scores(sums, p, i)
         return s, largest, total, sums
 
       def blocks(start, stop, carry, *, masked):
         return lax.fori_loop(start, stop, functools.partial(one_block, masked=masked), carry)
 
       plgpu.barrier_wait(q_full.at[group])
-      await_stage(k_full, begin)
+      await_stage(k_full, jnp.int32(0))
       pl.when(group == 1)(wait_turn)
       # finite, so that a row all masked so far gives zeros and not NaN; a sink is a score like any
       largest = full((SLAB,), -1e30 if sink_g is None else sink_g[h] * base2, BY_ROW)
       total = full((SLAB,), 0 if sink_g is None else 1, BY_ROW)
-      carry = scores(begin), largest, total, full((SLAB, V), 0, MATRIX)
-      carry = blocks(begin, clear_begin, carry, masked=True)
-      carry = blocks(clear_begin, clear_end, carry, masked=False)
-      carry = blocks(clear_end, last, carry, masked=True)
+      carry = scores(jnp.int32(0)), largest, total, full((SLAB, V), 0, MATRIX)
+      carry = blocks(0, clear, carry, masked=True)
+      carry = blocks(clear, early, carry, masked=False)
+      carry = blocks(early, num_blocks - 1, carry, masked=True)
+      last = num_blocks - 1
       p, largest, total, sums = softmax(carry, last, True)
       await_stage(v_full, last)
       wait_turn()
@@ -198,13 +200,14 @@ def forward(
       # past row S, TMA drops what it is given
       plgpu.copy_smem_to_gmem(o_s.at[group], o_g.at[b, rows, h])
       plgpu.copy_smem_to_gmem(lse_s.at[group], lse_g.at[b, h, rows])
-      plgpu.wait_smem_to_gmem(0)
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(group == 2)
     def _():
       plgpu.set_max_registers(24, action='decrease')
       rings = (k_s, k_full, k_empty), (v_s, v_full, v_empty)
-      load_keys((k_g, v_g), rings, at=(b, lax.div(h, jnp.int32(H // G))), begin=begin, end=end)
+      at = b, lax.div(h, jnp.int32(H // G))
+      load_keys((k_g, v_g), rings, at=at, end=end, num_blocks=num_blocks)
 
   return launch(
     kernel,

@@ -1,0 +1,243 @@
+"""Dense causal attention in bfloat16, forward and backward, within documents and windows.
+
+`bwd` takes what the forward pass kept and makes dq, dk and dv. Operations are those of visible
+pairs: 2 (C + V) a pair forward, 2 (3 C + 2 V) backward. `dense` is XLA's plain matmul: the ceiling.
+Errors are the largest of a small input's results, relative to float64. Bytes are counted: every
+operand and result once, keys and values included, and in the backward pass once more for each of
+its two kernels.
+"""
+
+# B batch  S sequence  H heads  C key width  V value width
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench import table, timing
+from moe_jax.ops import attention as op
+from moe_jax.ops.attention import mosaic
+
+# TFLOP/s of large dense bfloat16 matmuls under the chip's power limit, not the data sheet's 989
+LIMIT = 790.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  name: str
+  batch: int
+  length: int
+  heads: int
+  widths: tuple[int, int] = (192, 128)
+  window: int | None = None
+  packed: bool = False
+
+  @property
+  def shape(self) -> str:
+    C, V = self.widths
+    return f'{self.name} B{self.batch} S{self.length} H{self.heads} {C}/{V}'
+
+  def segments(self) -> np.ndarray:
+    """One document a row, or documents of log-normal length, about 1000 tokens at the median."""
+    segment_BS = np.zeros((self.batch, self.length), np.int32)
+    rng = np.random.default_rng(0)
+    for row in segment_BS if self.packed else ():
+      at = 0
+      while (at := at + int(rng.lognormal(np.log(700), 1.0).clip(16))) < self.length:
+        row[at:] += 1
+    return segment_BS
+
+  def pairs(self) -> float:
+    """Visible pairs of a query and a key, of one head."""
+    segment_BS, pairs = self.segments(), 0.0
+    for row in segment_BS:
+      _, size = np.unique(row, return_counts=True)
+      short = np.minimum(size, self.window or self.length).astype(np.float64)
+      pairs += (short * (short + 1) / 2 + (size - short) * short).sum()
+    return pairs
+
+
+BARS = (
+  Case('mla', 1, 16384, 16),
+  Case('mla', 4, 8192, 16),
+  Case('mla', 1, 8192, 128),
+  Case('packed', 4, 4096, 16, packed=True),
+  Case('packed', 16, 4096, 16, packed=True),
+  Case('equal', 1, 32768, 16, (128, 128)),
+  Case('window1024', 1, 16384, 16, (128, 128), window=1024),
+)
+LENGTHS = tuple(Case('length', 1, 1024 * k, 4) for k in (4, 8, 16, 32, 64, 128))
+
+
+def run(only: str = '') -> Iterator[list[table.Row]]:
+  if jax.default_backend() != 'gpu':
+    yield run_case(Case('tiny', 1, 64, 2, (16, 8)))
+    return
+  for case in BARS + LENGTHS:
+    if only in case.shape:
+      yield run_case(case)
+
+
+def backends(case: Case) -> dict[str, Callable]:
+  """Attention of q, k, v and segments by each implementation that takes this case."""
+  start = jnp.zeros(case.batch, jnp.int32)
+
+  def ours(q, k, v, segment, by):
+    segments = (segment, segment, start)
+    how: Any = dict(scale=case.widths[0] ** -0.5, window=case.window, implementation=by)
+    return op.attention(q, k, v, *segments, **how)
+
+  def cudnn(q, k, v, _segment):
+    # without documents cuDNN needs no mask, which is faster than the op's own use of it
+    C, V = case.widths
+    v = jnp.pad(v, ((0, 0),) * 3 + ((0, C - V),))
+    local = None if case.window is None else (case.window - 1, 0)
+    how: Any = dict(is_causal=True, local_window_size=local, implementation='cudnn')
+    return jax.nn.dot_product_attention(q, k, v, **how)[..., :V]
+
+  if jax.default_backend() != 'gpu':
+    return {'reference': functools.partial(ours, by='reference')}
+  found: dict[str, Callable] = {}
+  if mosaic.on_hopper():
+    found['mosaic'] = functools.partial(ours, by='mosaic')
+  found['cudnn'] = functools.partial(ours, by='cudnn') if case.packed else cudnn
+  return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def data(case: Case) -> tuple[jax.Array, ...]:
+  """q, k, v and do."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  C, V = case.widths
+  draw = lambda key, width: jax.random.normal(
+    key, (case.batch, case.length, case.heads, width), jnp.bfloat16
+  )
+  return tuple(draw(key, width) for key, width in zip(keys, (C, C, V, V), strict=True))
+
+
+def run_case(case: Case) -> list[table.Row]:
+  q, k, v, do = data(case)
+  segment = jnp.asarray(case.segments())
+  C, V = case.widths
+  flops = case.heads * case.pairs()
+  work = {'fwd': 2 * (C + V) * flops, 'bwd': 2 * (3 * C + 2 * V) * flops}
+  gigabytes = _gigabytes(q, k, v, do)
+  rows = []
+
+  def add(name: str, by: str, call: Callable, args: tuple, **extra):
+    # long inputs take long enough to need few repeats
+    repeats = 10 if work[name] < 2e13 else 3
+    measured = timing.measure(call, [args], block=jax.block_until_ready, repeats=repeats)
+    rows.append(
+      table.row_of(
+        measured, amount=work[name], limit=LIMIT, unit='TFLOP/s', work=name, by=by,
+        shape=case.shape, gigabytes=gigabytes[name], **extra,
+        length=case.length if case.name == 'length' else None,
+      )
+    )  # fmt: skip
+
+  for by, fn in backends(case).items():
+    errors = _errors(case, by) if case.name != 'length' else {}
+    forward = jax.jit(fn).lower(q, k, v, segment).compile()
+    add('fwd', by, forward, (q, k, v, segment), error=errors.get('fwd'), peak_gib=_peak(forward))
+    keep = jax.jit(lambda q, k, v, s, fn=fn: jax.vjp(lambda *qkv: fn(*qkv, s), q, k, v)[1])
+    pull = keep(q, k, v, segment)
+    backward = jax.jit(lambda pull, do: pull(do)).lower(pull, do).compile()
+    add('bwd', by, backward, (pull, do), error=errors.get('bwd'), peak_gib=_peak(backward))
+    del pull
+  if case.name == 'mla':
+    rows.append(_dense())
+  return rows + (torch_rows(case, work, gigabytes) if not case.packed else [])
+
+
+def _gigabytes(q, k, v, do) -> dict[str, float]:
+  lse = 4 * q.size // q.shape[-1]
+  inputs, o = q.nbytes + k.nbytes + v.nbytes, do.nbytes
+  # delta reads o and do; two kernels read the inputs, do, lse and delta, and write dq, dk and dv
+  backward = 2 * o + lse + 2 * (inputs + o + 2 * lse) + inputs
+  return {'fwd': (inputs + o + lse) / 1e9, 'bwd': backward / 1e9}
+
+
+def _peak(compiled: jax.stages.Compiled) -> float | None:
+  memory = compiled.memory_analysis()
+  if memory is None:
+    return None
+  used = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
+  return sum(used) / 2**30
+
+
+def _dense() -> table.Row:
+  a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
+  measured = timing.measure_jax(jax.jit(jnp.matmul), a, a)
+  names = dict(work='matmul', shape='8192 x 8192 x 8192', by='dense')
+  return table.row_of(measured, amount=2 * 8192**3, limit=LIMIT, unit='TFLOP/s', **names)
+
+
+def _errors(case: Case, by: str) -> dict[str, float]:
+  """The largest relative error of o, and of dq, dk and dv, on a short input of the same kind."""
+  window = None if case.window is None else 200
+  length = min(case.length, 1016)
+  small = dataclasses.replace(case, batch=1, length=length, heads=2, window=window)
+  q, k, v, do = data(small)
+  segment = jnp.asarray(small.segments())
+  fn = backends(small)[by]
+  o, pull = jax.vjp(lambda *qkv: fn(*qkv, segment), q, k, v)
+  want_o, *want = _exact(small, *(np.asarray(a[0], np.float64) for a in (q, k, v, do)))
+  error = lambda a, b: float(np.linalg.norm(np.asarray(a[0], np.float64) - b) / np.linalg.norm(b))
+  return {
+    'fwd': error(o, want_o),
+    'bwd': max(error(a, b) for a, b in zip(pull(do), want, strict=True)),
+  }
+
+
+def _exact(case: Case, q, k, v, do) -> tuple[np.ndarray, ...]:
+  scale, i, segment = case.widths[0] ** -0.5, np.arange(case.length), case.segments()[0]
+  ahead = i[:, None] - i
+  mask = (ahead >= 0) & (ahead < (case.window or case.length)) & (segment[:, None] == segment)
+  s = np.where(mask, np.einsum('shc,thc->hst', q, k) * scale, -np.inf)
+  p = np.exp(s - s.max(-1, keepdims=True))
+  p /= p.sum(-1, keepdims=True)
+  o, dp = np.einsum('hst,thv->shv', p, v), np.einsum('shv,thv->hst', do, v)
+  ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * scale
+  dq, dk = np.einsum('hst,thc->shc', ds, k), np.einsum('hst,shc->thc', ds, q)
+  return o, dq, dk, np.einsum('hst,shv->thv', p, do)
+
+
+def torch_rows(case: Case, work: dict[str, float], gigabytes: dict[str, float]) -> list[table.Row]:
+  """scaled_dot_product_attention by the backend that torch picks; it knows no windows."""
+  try:
+    import torch  # pyright: ignore[reportMissingImports]
+  except ImportError:
+    return []
+  if not torch.cuda.is_available() or case.window is not None or case.name == 'length':
+    return []
+  make = lambda width: torch.randn(
+    case.batch, case.heads, case.length, width, device='cuda', dtype=torch.bfloat16,
+    requires_grad=True,
+  )  # fmt: skip
+  q, k, v = (make(width) for width in (case.widths[0], *case.widths))
+  do = torch.randn_like(v)
+  forward = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+  rows = []
+  try:
+    o = forward()
+    backward = lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True)
+    for name, call in (('fwd', forward), ('bwd', backward)):
+      torch.cuda.reset_peak_memory_stats()
+      measured = timing.measure(call, [()], block=lambda _: torch.cuda.synchronize())
+      peak = torch.cuda.max_memory_allocated() / 2**30
+      rows.append(
+        table.row_of(
+          measured, amount=work[name], limit=LIMIT, unit='TFLOP/s', work=name, by='torch',
+          shape=case.shape, gigabytes=gigabytes[name], peak_gib=peak,
+        )
+      )  # fmt: skip
+  except RuntimeError as e:
+    print(f'torch, {case.shape}: {str(e).splitlines()[0]}', flush=True)
+  del q, k, v, do
+  torch.cuda.empty_cache()
+  return rows
