@@ -1,11 +1,14 @@
 """What every sparse attention kind keeps: causality, documents apart, caches, meshes."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from kinds import KINDS, VOCABULARY, decoded, logits, logits_and_aux, on_mesh, tiny, where_of
 
 from moe_jax import sharding as sh
+from moe_jax.ops import nsa
 
 # float32 sums in another order, logits of order 10
 TOLERANCE = 1e-5
@@ -97,3 +100,15 @@ def test_kind_gives_the_same_loss_and_gradients_on_a_mesh(kind, shape):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), split_grads, grads
   )
+
+
+@pytest.mark.slow
+def test_nsa_of_whole_rows_is_what_masks_compute(monkeypatch):
+  sizes = dataclasses.replace(KINDS['nsa']['nsa'], d_head=16, d_value=16)
+  cfg, ids = tiny('nsa', num_layers=1, num_dense_layers=1, nsa=sizes), draw_ids(2, LENGTH)
+  want = mean_nats(cfg, on_mesh(cfg), ids)
+  # interpreted; on a GPU they take bfloat16 only
+  monkeypatch.setattr(nsa, 'unsupported', lambda *_: None)
+  got = mean_nats(cfg, on_mesh(cfg), ids)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -1,5 +1,6 @@
 """Native sparse attention."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -46,7 +47,12 @@ class NSA(GroupedAttention):
         f'{branch}_k_BTGC': k_BSGC,
         f'{branch}_v_BTGV': self.keys(f'{branch}_v_DGV', x_BSD, c.d_value),
       }
-    if cache is not None:
+    if cache is None:
+      problem = nsa.unsupported(q_BSGMC, c.d_value)
+      if problem is None:
+        return self.output(self._rows(q_BSGMC, entries, gate_BSGM3, where), D), None, {}
+      nsa.log_fallback(problem)
+    else:
       cache = append(cache, entries, where.start_B)
       entries = {name: a.astype(x_BSD.dtype) for name, a in cache.items()}
     at = span(where, cache)
@@ -65,14 +71,39 @@ class NSA(GroupedAttention):
       window,
       gate_BSGM3,
       at,
-      sizes=nsa.Sizes(
-        c.compress_length, c.compress_stride, c.select_length, c.top_blocks, c.window
-      ),
+      sizes=self._sizes,
       scale=self.scale,
     )
     return self.output(o_BSGMV, D), cache, {}
 
-  def _compress(self, name: str, x_BTGC: jax.Array) -> jax.Array:
+  @property
+  def _sizes(self) -> nsa.Sizes:
+    c = self.cfg
+    return nsa.Sizes(c.compress_length, c.compress_stride, c.select_length, c.top_blocks, c.window)
+
+  def _rows(
+    self, q_BSGMC: jax.Array, entries: dict[str, jax.Array], gate_BSGM3: jax.Array, where: Where
+  ) -> jax.Array:
+    """Whole rows by kernels, which compress a block once instead of at each of its tokens."""
+    at, length = (where.position_BS, where.segment_BS), self.cfg.compress_length
+    end_BN, position_BN = nsa.closed_blocks(*at, self._sizes)
+    k_BNGC, v_BNGV = (
+      self._compress(name, nsa.block_tokens(x_BSGC, end_BN, length), nsa.compress_blocks)
+      for name, x_BSGC in (('k', entries['compressed_k_BTGC']), ('v', entries['compressed_v_BTGV']))
+    )
+    compressed = nsa.KeyValue(
+      self.rotate(k_BNGC, jnp.maximum(position_BN - (length - 1), 0)), v_BNGV
+    )
+    selected, window = (
+      nsa.KeyValue(entries[f'{b}_k_BTGC'], entries[f'{b}_v_BTGV']) for b in _BRANCHES[1:]
+    )
+    return nsa.rows_attention(
+      q_BSGMC, compressed, selected, window, gate_BSGM3, *at, sizes=self._sizes, scale=self.scale
+    )
+
+  def _compress(
+    self, name: str, x_BTGC: jax.Array, network: Callable[..., jax.Array] = nsa.compress
+  ) -> jax.Array:
     L, C, X = self.cfg.compress_length, x_BTGC.shape[-1], self.cfg.d_compress
     # small, and so held whole on every device
     whole = lambda dims, shape: self.policy.cast(
@@ -83,7 +114,7 @@ class NSA(GroupedAttention):
       whole('up_LCX', (L, C, X)),
       whole('down_XC', (X, C)),
     )
-    return nsa.compress(x_BTGC, place_LC, up_LCX, down_XC)
+    return network(x_BTGC, place_LC, up_LCX, down_XC)
 
   @staticmethod
   def empty_cache(cfg: NSAConfig, batch: int, length: int, dtype: Any) -> Cache:

@@ -45,6 +45,15 @@ def compress(
   T, L = x_BTGC.shape[1], place_LC.shape[0]
   before_BTGC = jnp.pad(x_BTGC, ((0, 0), (L - 1, 0), (0, 0), (0, 0)))
   block_BTGLC = jnp.stack([before_BTGC[:, i : i + T] for i in range(L)], axis=3)
+  return compress_blocks(block_BTGLC, place_LC, up_LCX, down_XC)
+
+
+def compress_blocks(
+  block_BTGLC: Float[Array, 'B T G L C'],
+  place_LC: Float[Array, 'L C'],
+  up_LCX: Float[Array, 'L C X'],
+  down_XC: Float[Array, 'X C'],
+) -> Float[Array, 'B T G C']:
   h_BTGX = jnp.einsum('btglc,lcx->btgx', block_BTGLC + place_LC, up_LCX)
   return jnp.einsum('btgx,xc->btgc', jax.nn.silu(h_BTGX), down_XC)
 

@@ -1,0 +1,236 @@
+"""NSA on whole rows in memory linear in the row: the branches' kernels, and the choice between.
+
+A query's compressed blocks are a run of neighbours, as are its window's tokens; what it chose is a
+list of blocks. Importance is made for some queries at a time, so that nothing of [S, S] is held.
+"""
+
+# B batch  S tokens  N compressed blocks  G key-value heads  M query heads of each  C width
+# K chosen blocks  T tokens of all rows (B*S)  R keys of all rows  J selection blocks of a document
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax.ops import pallas_triton
+from moe_jax.ops.attention import attention as dense
+from moe_jax.ops.nsa import triton_blocks, triton_runs
+from moe_jax.ops.nsa.reference import KeyValue, Sizes
+from moe_jax.ops.sink_attention.row_sums import inverse
+
+# of importance, and of choices that are sorted, held at a time
+_CHUNK_BYTES = 1 << 29
+_CHUNK_CHOICES = 1 << 22
+
+
+def unsupported(q_BSGMC: jax.Array, v_width: int) -> str | None:
+  """Why these kernels cannot run here, in one line, or None if they can."""
+  M, C = q_BSGMC.shape[3:]
+  power = lambda n: n & (n - 1) == 0
+  if problem := pallas_triton.unavailable():
+    return problem
+  if v_width != C or not power(C) or not 16 <= C <= 128:
+    return f'needs keys and values of one width, 16, 32, 64 or 128, got {C} and {v_width}'
+  if not power(M) or M > triton_runs.ROWS:
+    return f'needs 1, 2, 4, .. {triton_runs.ROWS} query heads a group, got {M}'
+  if q_BSGMC.dtype != jnp.bfloat16:
+    return f'needs bfloat16, got {q_BSGMC.dtype}'
+  return None
+
+
+def attention(
+  q_BSGMC: jax.Array,
+  compressed: KeyValue,
+  selected: KeyValue,
+  window: KeyValue,
+  gate_BSGM3: jax.Array,
+  position_BS: jax.Array,
+  segment_BS: jax.Array,
+  *,
+  sizes: Sizes,
+  scale: float,
+) -> jax.Array:
+  """As reference.attention without a cache, on one device.
+
+  Args:
+    compressed: of `closed_blocks` only, [B, N, G, C], in their order.
+  """
+  B, S, G, M, C = q_BSGMC.shape
+  flat = lambda a: a.reshape(-1, *a.shape[2:])
+  row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
+  first_BS, count_BS = _blocks_seen(position_BS, segment_BS, sizes)
+  first_T = flat(first_BS + row_B1 * compressed.k_BTGC.shape[1])
+  q_TGMC, count_T = flat(q_BSGMC), flat(count_BS)
+  keys = flat(compressed.k_BTGC), flat(compressed.v_BTGV)
+  out: Any = _over_runs(scale, q_TGMC, *keys, first_T, count_T)
+  o_TGMC, lse_TGM = out
+  outputs = [o_TGMC.reshape(q_BSGMC.shape)]
+
+  position_T, token_T = flat(position_BS), jnp.arange(B * S, dtype=jnp.int32)
+  chosen = functools.partial(_choose, sizes=sizes, scale=scale, length=S)
+  args = lax.stop_gradient((q_TGMC, keys[0], first_T, count_T, lse_TGM, position_T))
+  block_TGK = chosen(*args)
+  start_TGK = (token_T - position_T)[:, None, None] + block_TGK * sizes.select_length
+  some_T = jnp.minimum(position_T // sizes.select_length + 1, block_TGK.shape[-1])
+  statics = scale, sizes.select_length
+  picked: Any = _over_blocks(
+    statics, q_TGMC, flat(selected.k_BTGC), flat(selected.v_BTGV), start_TGK, some_T
+  )
+  outputs.append(picked.reshape(q_BSGMC.shape))
+
+  start_B = jnp.zeros_like(position_BS[:, 0])
+  near = dense(
+    q_BSGMC.reshape(B, S, G * M, C), window.k_BTGC, window.v_BTGV, segment_BS, segment_BS, start_B,
+    scale=scale, window=sizes.window,
+  )  # fmt: skip
+  outputs.append(near.reshape(q_BSGMC.shape))
+  gates = (gate_BSGM3[..., i, None].astype(q_BSGMC.dtype) for i in range(3))
+  return sum((g * o for g, o in zip(gates, outputs, strict=True)), jnp.zeros_like(q_BSGMC))
+
+
+def closed_blocks(
+  position_BS: jax.Array, segment_BS: jax.Array, sizes: Sizes
+) -> tuple[jax.Array, jax.Array]:
+  """Index in the row of the last token of each compression block, and that token's position.
+
+  [B, N] with N = S / stride, rounded up; places beyond the last block repeat the row's end.
+  """
+  num = -(-position_BS.shape[1] // sizes.stride)
+  closes_BS = _closes(position_BS, segment_BS, sizes)
+
+  def row(closes_S, position_S):
+    end_N = jnp.nonzero(closes_S, size=num, fill_value=closes_S.size - 1)[0]
+    return end_N, position_S[end_N]
+
+  return jax.vmap(row)(closes_BS, position_BS)
+
+
+def block_tokens(x_BSGC: jax.Array, end_BN: jax.Array, length: int) -> jax.Array:
+  """The `length` tokens up to each block's end, [B, N, G, length, C]."""
+  at_BNL = jnp.maximum(end_BN[..., None] - length + 1 + jnp.arange(length), 0)
+  block_BNLGC = jax.vmap(lambda x_SGC, at_NL: x_SGC[at_NL])(x_BSGC, at_BNL)
+  return jnp.swapaxes(block_BNLGC, 2, 3)
+
+
+def _closes(position_BS, segment_BS, sizes: Sizes) -> jax.Array:
+  behind_BS = position_BS - (sizes.compress_length - 1)
+  return (segment_BS > 0) & (behind_BS >= 0) & (behind_BS % sizes.stride == 0)
+
+
+def _blocks_seen(position_BS, segment_BS, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
+  """The first compressed block of each query's run and how many there are."""
+  behind_BS = position_BS - (sizes.compress_length - 1)
+  count_BS = jnp.where((segment_BS > 0) & (behind_BS >= 0), behind_BS // sizes.stride + 1, 0)
+  closed_BS = jnp.cumsum(_closes(position_BS, segment_BS, sizes), axis=1, dtype=jnp.int32)
+  return jnp.where(count_BS > 0, closed_BS - count_BS, 0), count_BS
+
+
+def _choose(
+  q_TGMC, k_RGC, first_T, count_T, lse_TGM, position_T, *, sizes: Sizes, scale: float, length: int
+) -> jax.Array:
+  """The chosen blocks of each query and group, by number in the document, best first: [T, G, K]."""
+  T, G, M, _ = q_TGMC.shape
+  blocks = -(-length // sizes.select_length)
+  per_block = sizes.select_length // sizes.stride
+  reach = sizes.compress_length // sizes.stride
+  width = blocks * per_block
+  K = min(sizes.top_blocks, blocks)
+  step = max(triton_runs.ROWS // M, 1)
+  queries = max(1, min(T, _CHUNK_BYTES // (G * width * 4)) // step) * step
+
+  def chunk(start: jax.Array) -> jax.Array:
+    mass_QGN = triton_runs.importance(
+      q_TGMC, k_RGC, first_T, count_T, lse_TGM, start[None],
+      queries=queries, width=width, scale=scale,
+    )  # fmt: skip
+    # block j gets each compressed block by how much of it lies in j, in strides
+    padded = jnp.pad(mass_QGN, ((0, 0), (0, 0), (reach - 1, reach - 1)))
+    score_QGJ = jnp.zeros((queries, G, blocks), jnp.float32)
+    for i in range(per_block + reach - 1):
+      overlap = min(i + 1, reach, per_block, per_block + reach - 1 - i)
+      part = lax.slice_in_dim(padded, i, i + (blocks - 1) * per_block + 1, per_block, axis=2)
+      score_QGJ += overlap * part
+    block_J = jnp.arange(blocks)
+    position_Q11 = lax.dynamic_slice(jnp.pad(position_T, (0, queries)), (start,), (queries,))[
+      :, None, None
+    ]
+    behind = position_Q11 // sizes.select_length - block_J
+    score_QGJ = jnp.where((block_J < 1) | (behind < 2), jnp.inf, score_QGJ)
+    score_QGJ = jnp.where(behind < 0, -jnp.inf, score_QGJ)
+    return lax.top_k(score_QGJ, K)[1].astype(jnp.int32)
+
+  starts = jnp.arange(-(-T // queries), dtype=jnp.int32) * queries
+  return lax.map(chunk, starts).reshape(-1, G, K)[:T]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _over_runs(scale: float, q_TGMC, k_RGC, v_RGC, first_T, count_T):
+  return triton_runs.forward(q_TGMC, k_RGC, v_RGC, first_T, count_T, scale=scale)
+
+
+def _over_runs_forward(scale, *args):
+  out: Any = _over_runs(scale, *args)
+  return out, (*args, *out)
+
+
+def _over_runs_backward(scale, kept, cotangents):
+  q_TGMC, k_RGC, v_RGC, first_T, count_T, o_TGMC, lse_TGM = kept
+  do_TGMC = cotangents[0]
+  delta_TGM = (o_TGMC.astype(jnp.float32) * do_TGMC.astype(jnp.float32)).sum(-1)
+  args = q_TGMC, do_TGMC, k_RGC, v_RGC, first_T, count_T, lse_TGM, delta_TGM
+  dq_TGMC = triton_runs.query_gradient(*args, scale=scale)
+  return dq_TGMC, *triton_runs.key_gradient(*args, scale=scale), None, None
+
+
+_over_runs.defvjp(_over_runs_forward, _over_runs_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _over_blocks(statics: tuple[float, int], q_TGMC, k_TGC, v_TGC, start_TGK, count_T):
+  scale, length = statics
+  args = q_TGMC, k_TGC, v_TGC, start_TGK, count_T
+  return triton_blocks.forward(*args, length=length, scale=scale)[0]
+
+
+def _over_blocks_forward(statics, *args):
+  scale, length = statics
+  o_TGMC, lse_TGM = triton_blocks.forward(*args, length=length, scale=scale)
+  return o_TGMC, (*args, o_TGMC, lse_TGM)
+
+
+def _over_blocks_backward(statics, kept, do_TGMC):
+  scale, length = statics
+  q_TGMC, k_TGC, v_TGC, start_TGK, count_T, o_TGMC, lse_TGM = kept
+  (T, G, K), C = start_TGK.shape, k_TGC.shape[-1]
+  delta_TGM = (o_TGMC.astype(jnp.float32) * do_TGMC.astype(jnp.float32)).sum(-1)
+  operands = q_TGMC, do_TGMC, k_TGC, v_TGC
+  sums = lse_TGM, delta_TGM
+  dq_TGMC = triton_blocks.query_gradient(
+    *operands, start_TGK, count_T, *sums, length=length, scale=scale
+  )
+  queries = max(1, min(T, _CHUNK_CHOICES // (G * K)))
+  chunks = -(-T // queries)
+  padded = lambda a: jnp.pad(a, ((0, chunks * queries - T), *((0, 0),) * (a.ndim - 1)))
+  starts = padded(start_TGK).reshape(chunks, queries, G, K)
+  counts = padded(count_T).reshape(chunks, queries)
+
+  def chunk(totals, at):
+    first, start_QGK, count_Q = at
+    number_QGK = start_QGK * G + jnp.arange(G)[:, None]
+    number_QGK = jnp.where(jnp.arange(K) < count_Q[:, None, None], number_QGK, T * G)
+    order_P, begin = inverse(number_QGK.reshape(-1), T * G)
+    order_P = first + order_P // (G * K)
+    totals = triton_blocks.key_gradient(
+      totals, *operands, order_P, begin, *sums, length=length, scale=scale
+    )
+    return totals, None
+
+  zeros = jnp.zeros((T, G, C), jnp.float32)
+  firsts = jnp.arange(chunks, dtype=jnp.int32) * queries
+  (dk_TGC, dv_TGC), _ = lax.scan(chunk, (zeros, zeros), (firsts, starts, counts))
+  return dq_TGMC, dk_TGC.astype(k_TGC.dtype), dv_TGC.astype(v_TGC.dtype), None, None
+
+
+_over_blocks.defvjp(_over_blocks_forward, _over_blocks_backward)

@@ -1,0 +1,191 @@
+"""Triton kernels: attention of a group's heads over the blocks of tokens that a query chose.
+
+  forward   a program per query and group: one block of 64 keys at a time, keys as the rows of both
+  and dq    products, so that the tensor cores run although a query has only 16 heads
+  dk, dv    a program per block and group walks the queries that chose it, 8 at a time, in order
+
+Traffic of the first two: every query reads its blocks' keys and values from L2, 32 kB a block for
+64 * 16 * 512 operations: 16 a byte, so an L2 that delivers 5.5 TB/s allows 90 TFLOP/s. The third
+reads queries instead, and 8 of them share each block.
+"""
+
+# T queries  G key-value heads  M query heads of each  C width  K chosen blocks  L block length
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from moe_jax.ops import pallas_triton
+from moe_jax.ops.nsa.triton_runs import LOG2E, NO_SCORE, ROWS, load_rows, store_rows
+
+
+def forward(
+  q_TGMC: jax.Array,
+  k_TGC: jax.Array,
+  v_TGC: jax.Array,
+  start_TGK: jax.Array,
+  count_T: jax.Array,
+  *,
+  length: int,
+  scale: float,
+) -> tuple[jax.Array, jax.Array]:
+  """Outputs like q and their base-2 logsumexp [T, G, M].
+
+  Args:
+    start_TGK: first token of each chosen block, all of the query's document and no later than it;
+      a query sees a block's tokens up to itself. Every query has one at least.
+    count_T: how many of them count.
+  """
+  T, G, M, C = q_TGMC.shape
+  K, rows = start_TGK.shape[2], max(M, 16)
+
+  def kernel(q_g, k_g, v_g, start_g, count_g, o_g, lse_g):
+    query, group = pl.num_programs(0) - 1 - pl.program_id(0), pl.program_id(1)
+    row, live = _heads(query, group, G, M, rows)
+    q = load_rows(q_g, row, C)
+
+    def block(i, carry):
+      acc, top, total = carry
+      key, key_row = _keys(start_g[(query * G + group) * K + i], query, group, length, T, G)
+      k, v = load_rows(k_g, key_row, C), load_rows(v_g, key_row, C)
+      s = plt.dot(k, q, trans_b=True) * (scale * LOG2E)
+      s = jnp.where((key <= query)[:, None], s, NO_SCORE)
+      new_top = jnp.maximum(top, s.max(axis=0))
+      rescale = jnp.exp2(top - new_top)
+      p = jnp.exp2(s - new_top[None, :])
+      acc = acc * rescale[None, :] + plt.dot(v, p.astype(v.dtype), trans_a=True)
+      return acc, new_top, total * rescale + p.sum(axis=0)
+
+    zero = jnp.zeros((rows,), jnp.float32)
+    carry = jnp.zeros((C, rows), jnp.float32), zero + NO_SCORE, zero
+    acc, top, total = lax.fori_loop(0, count_g[query], block, carry)
+    store_rows(o_g, row, (acc / total[None, :]).T, live)
+    store_rows(lse_g, row, top + jnp.log2(total), live)
+
+  flat, like = lambda a: a.reshape(-1, a.shape[-1]), jax.ShapeDtypeStruct
+  o, lse = pallas_triton.call(
+    kernel, flat(q_TGMC), flat(k_TGC), flat(v_TGC), start_TGK.reshape(-1), count_T,
+    grid=(T, G), out=(like((T * G * M, C), q_TGMC.dtype), like((T * G * M,), jnp.float32)),
+    num_warps=4, num_stages=3,
+  )  # fmt: skip
+  return o.reshape(q_TGMC.shape), lse.reshape(T, G, M)
+
+
+def query_gradient(
+  q_TGMC: jax.Array,
+  do_TGMC: jax.Array,
+  k_TGC: jax.Array,
+  v_TGC: jax.Array,
+  start_TGK: jax.Array,
+  count_T: jax.Array,
+  lse_TGM: jax.Array,
+  delta_TGM: jax.Array,
+  *,
+  length: int,
+  scale: float,
+) -> jax.Array:
+  T, G, M, C = q_TGMC.shape
+  K, rows = start_TGK.shape[2], max(M, 16)
+
+  def kernel(q_g, do_g, k_g, v_g, start_g, count_g, lse_g, delta_g, dq_g):
+    query, group = pl.num_programs(0) - 1 - pl.program_id(0), pl.program_id(1)
+    row, live = _heads(query, group, G, M, rows)
+    q, do = load_rows(q_g, row, C), load_rows(do_g, row, C)
+    lse, delta = plt.load(lse_g.at[row]), plt.load(delta_g.at[row])
+
+    def block(i, dq):
+      key, key_row = _keys(start_g[(query * G + group) * K + i], query, group, length, T, G)
+      k, v = load_rows(k_g, key_row, C), load_rows(v_g, key_row, C)
+      s = plt.dot(k, q, trans_b=True) * (scale * LOG2E)
+      p = jnp.where((key <= query)[:, None], jnp.exp2(s - lse[None, :]), 0.0)
+      ds = p * (plt.dot(v, do, trans_b=True) - delta[None, :]) * scale
+      return dq + plt.dot(k, ds.astype(k.dtype), trans_a=True)
+
+    dq = lax.fori_loop(0, count_g[query], block, jnp.zeros((C, rows), jnp.float32))
+    store_rows(dq_g, row, dq.T, live)
+
+  flat = lambda a: a.reshape(-1, a.shape[-1])
+  dq = pallas_triton.call(
+    kernel, flat(q_TGMC), flat(do_TGMC), flat(k_TGC), flat(v_TGC), start_TGK.reshape(-1), count_T,
+    lse_TGM.reshape(-1), delta_TGM.reshape(-1),
+    grid=(T, G), out=jax.ShapeDtypeStruct((T * G * M, C), q_TGMC.dtype), num_warps=4, num_stages=3,
+  )  # fmt: skip
+  return dq.reshape(q_TGMC.shape)
+
+
+def key_gradient(
+  totals: tuple[jax.Array, jax.Array],
+  q_TGMC: jax.Array,
+  do_TGMC: jax.Array,
+  k_TGC: jax.Array,
+  v_TGC: jax.Array,
+  order_P: jax.Array,
+  begin: jax.Array,
+  lse_TGM: jax.Array,
+  delta_TGM: jax.Array,
+  *,
+  length: int,
+  scale: float,
+) -> tuple[jax.Array, jax.Array]:
+  """totals, float32 [T, G, C] each, plus dk and dv of some queries' choices.
+
+  Args:
+    order_P: queries, by (first token of a block they chose, group), in order.
+    begin: [T * G + 1], where each block's begin; blocks are numbered by their first token.
+  """
+  T, G, M, C = q_TGMC.shape
+  queries = ROWS // M
+
+  def kernel(dk_in, dv_in, q_g, do_g, k_g, v_g, order_g, begin_g, lse_g, delta_g, dk_g, dv_g):
+    start, group = pl.program_id(0), pl.program_id(1)
+    first, end = begin_g[start * G + group], begin_g[start * G + group + 1]
+
+    @pl.when(end > first)
+    def _():
+      key = start + jnp.arange(length, dtype=jnp.int32)
+      key_row = jnp.minimum(key, T - 1) * G + group
+      k, v = load_rows(k_g, key_row, C), load_rows(v_g, key_row, C)
+      slot = jnp.arange(ROWS, dtype=jnp.int32)
+
+      def step(i, carry):
+        dk, dv = carry
+        at = first + i * queries + slot // M
+        query = plt.load(order_g.at[jnp.minimum(at, end - 1)])
+        row = (query * G + group) * M + slot % M
+        q, do = load_rows(q_g, row, C), load_rows(do_g, row, C)
+        lse, delta = plt.load(lse_g.at[row]), plt.load(delta_g.at[row])
+        seen = (key[None, :] <= query[:, None]) & (at < end)[:, None]
+        s = plt.dot(q, k, trans_b=True) * (scale * LOG2E)
+        p = jnp.where(seen, jnp.exp2(s - lse[:, None]), 0.0)
+        ds = p * (plt.dot(do, v, trans_b=True) - delta[:, None]) * scale
+        dv = dv + plt.dot(p.astype(do.dtype), do, trans_a=True)
+        return dk + plt.dot(ds.astype(q.dtype), q, trans_a=True), dv
+
+      zeros = jnp.zeros((length, C), jnp.float32)
+      dk, dv = lax.fori_loop(0, pl.cdiv(end - first, queries), step, (zeros, zeros))
+      # behind the last query may be another block's tokens, which are another program's
+      used = key <= order_g[end - 1]
+      store_rows(dk_g, key_row, load_rows(dk_in, key_row, C) + dk, used)
+      store_rows(dv_g, key_row, load_rows(dv_in, key_row, C) + dv, used)
+
+  flat, like = lambda a: a.reshape(-1, a.shape[-1]), jax.ShapeDtypeStruct
+  out = like((T * G, C), jnp.float32)
+  dk, dv = pallas_triton.call(
+    kernel, *map(flat, (*totals, q_TGMC, do_TGMC, k_TGC, v_TGC)), order_P, begin,
+    lse_TGM.reshape(-1), delta_TGM.reshape(-1),
+    grid=(T, G), out=(out, out), num_warps=8, num_stages=2, aliases={0: 0, 1: 1},
+  )  # fmt: skip
+  return dk.reshape(k_TGC.shape), dv.reshape(k_TGC.shape)
+
+
+def _heads(query, group, G: int, M: int, rows: int):
+  head = jnp.arange(rows, dtype=jnp.int32)
+  return (query * G + group) * M + jnp.minimum(head, M - 1), head < M
+
+
+def _keys(start, query, group, length: int, T: int, G: int):
+  """A block's tokens, and their rows; those behind the query are the query's own."""
+  key = start + jnp.arange(length, dtype=jnp.int32)
+  return key, jnp.minimum(key, query) * G + group
