@@ -46,7 +46,8 @@ class MoE(nn.Module):
     down_EFD = weight(self, 'down_EFD', (E, F, D), sh.EXPERTS_EFD, std=self.std)
     states = {idea.name: self._carried(idea, D) for idea in balance.carriers}
 
-    logits_BSE = gate_logits(x_BSD, jax.sharding.reshard(router_DE, sh.gathered(sh.MATRIX_DX)))
+    router_DE = jax.sharding.reshard(router_DE, sh.gathered(sh.MATRIX_DX))
+    logits_BSE = gate_logits(x_BSD, router_DE)
     logits_BSE = checkpoint_name(logits_BSE, 'router_logits')
     gate = Gate(
       logits_BSE=logits_BSE,

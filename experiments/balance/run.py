@@ -1,0 +1,173 @@
+"""Trains the comparison's model with every method and seed, in one process.
+
+  python -m experiments.balance.run --tokens=tokens.xz --out=runs/balance \\
+    --methods='none,aux 1e-3,loss-free' --seeds=0,1,2
+
+A method is compiled once; a seed changes the initial parameters, never the data or their order.
+Each run leaves OUT/METHOD-SEED.npz (see `Record`), so that a run that is there is not made again.
+"""
+
+import argparse
+import functools
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import flags
+from experiments.balance.methods import METHODS
+from experiments.balance.tokens import Rows
+from moe_jax import config_io
+from moe_jax import sharding as sh
+from moe_jax.config import RunConfig
+from moe_jax.train.routing_record import Routing
+from moe_jax.train.state import TrainState, create
+from moe_jax.train.step import make_eval_step, make_train_step
+
+CONFIG = 'experiments/configs/balance.py'
+# of every step: scalars, and by layer
+SCALARS = ('train/lm_loss', 'train/balance_loss', 'train/grad_norm', 'guard/skipped')
+BY_LAYER = (
+  'max_vio', 'load_cv', 'entropy', 'margin', 'dead_experts', 'bias_norm', 'dropped', 'grad_norm',
+)  # fmt: skip
+GLOBAL_STEPS = 50  # the last steps, whose loads are summed for the MaxVio of training
+
+
+def configure(method: str, arg: str, changes: dict[str, Any]) -> RunConfig:
+  c = flags.load(CONFIG, arg)
+  c.update_from_flattened_dict(METHODS[method] | changes)
+  return config_io.build(c.to_dict())
+
+
+class Method:
+  """One method, compiled."""
+
+  def __init__(self, cfg: RunConfig, tokens: Path):
+    self.cfg, length = cfg, cfg.data.sequence_length
+    self._train, self._validation = (
+      Rows(tokens, split, length=length) for split in ('train', 'validation')
+    )
+    self._bytes_V, key = np.zeros(cfg.model.vocab_size, np.int32), jax.random.key(0)
+    make = jax.jit(functools.partial(create, cfg))
+    self._create = make.lower(key).compile()
+    state, batch = jax.eval_shape(make, key), self._batch(self._train, 0)
+    step: Any = jax.jit(make_train_step(cfg), donate_argnums=0)
+    self._step = step.lower(state, batch).compile()
+    eval_step: Any = jax.jit(make_eval_step(cfg))
+    self._eval_step = eval_step.lower(state, batch, self._bytes_V).compile()
+
+  def _batch(self, rows: Rows, index: int) -> dict[str, jax.Array]:
+    return jax.device_put(
+      rows.batch(index, self.cfg.data.batch_size), sh.batch_sharding(jax.sharding.get_mesh())
+    )
+
+  def evaluate(self, state: TrainState) -> tuple[float, Routing]:
+    seen = [
+      self._eval_step(state, self._batch(self._validation, i), self._bytes_V)
+      for i in range(self.cfg.eval.batches)
+    ]
+    nats, targets = np.sum([[float(e.nats), float(e.targets)] for e in seen], axis=0)
+    routing = Routing.of(seen)
+    assert routing is not None
+    return nats / targets, routing
+
+  def run(self, seed: int) -> dict[str, np.ndarray]:
+    """Trains from `seed`; the record of the run by name."""
+    state = self._create(jax.random.key(seed))
+    device, evals, routings = [], [], []
+    begun_s = time.monotonic()
+    for i in range(self.cfg.steps):
+      state, metrics = self._step(state, self._batch(self._train, i))
+      device.append(metrics)
+      if i == 0:
+        jax.block_until_ready(metrics)
+        begun_s = time.monotonic()
+      if (i + 1) % self.cfg.eval.interval_steps == 0 or i + 1 == self.cfg.steps:
+        jax.block_until_ready(metrics)
+        paused_s = time.monotonic()
+        loss, routing = self.evaluate(state)
+        evals.append((i + 1, loss))
+        routings.append(routing)
+        begun_s += time.monotonic() - paused_s
+    seconds = time.monotonic() - begun_s
+    host = [jax.tree.map(np.asarray, m) for m in device]
+    load_LE = np.sum([m['router/load'] for m in host[-GLOBAL_STEPS:]], axis=0)
+    last = routings[-1]
+    record = {
+      'eval_steps': np.array([step for step, _ in evals]),
+      'eval_loss': np.array([loss for _, loss in evals]),
+      'seconds': np.array(seconds),
+      'load_LE': load_LE,
+      'load_LGE': last.load_LGE,
+      'pairs_LEE': last.pairs_LEE,
+      'chosen_NLTK': np.stack([r.chosen_LTK[:, :512] for r in routings]).astype(np.uint8),
+      **{
+        f'eval/{name}': np.array([r.metrics(None)[f'router/{name}'] for r in routings])
+        for name in ('max_vio_global', 'dead_global', 'domain_information', 'coactivation')
+      },
+    }
+    names = [*SCALARS, *(f'router/{name}' for name in BY_LAYER)]
+    return record | {
+      name: np.array([m[name] for m in host], np.float32) for name in names if name in host[0]
+    }
+
+
+def report(method: str, seed: int, cfg: RunConfig, record: dict[str, np.ndarray]) -> str:
+  vio_L = record['load_LE'].max(-1) / record['load_LE'].mean(-1) - 1
+  rate = (cfg.steps - 1) * cfg.tokens_per_step / record['seconds']
+  return (
+    f'{method:15} seed {seed}: validation {record["eval_loss"][-1]:.4f}  MaxVio batch '
+    f'{record["router/max_vio"][-20:].mean():.3f}, last steps {vio_L.mean():.3f} (worst '
+    f'{vio_L.max():.3f}), evaluation {record["eval/max_vio_global"][-1].mean():.3f}  dead '
+    f'{record["router/dead_experts"][-20:].mean(0).sum():.1f}  refused '
+    f'{int(record["guard/skipped"].sum())}  {record["seconds"]:.1f} s, {rate:,.0f} tokens/s'
+  )
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--tokens', type=Path, required=True)
+  parser.add_argument('--out', type=Path, required=True)
+  parser.add_argument('--arg', default='h100', help='of the config: h100, stress or tiny')
+  parser.add_argument('--methods', default=','.join(METHODS))
+  parser.add_argument('--seeds', default='0,1,2')
+  parser.add_argument('--set', default='{}', help='JSON of further fields of the config')
+  args = parser.parse_args()
+  args.out.mkdir(parents=True, exist_ok=True)
+  # refused before anything starts
+  cfgs = {m: configure(m, args.arg, json.loads(args.set)) for m in args.methods.split(',')}
+  todo = {
+    name: {
+      seed: path
+      for seed in map(int, args.seeds.split(','))
+      if not (path := args.out / f'{args.arg}-{name}-{seed}.npz').exists()
+    }
+    for name in cfgs
+  }
+  with ThreadPoolExecutor() as pool:  # methods compile side by side and run one by one
+    made = {n: pool.submit(compiled, cfgs[n], args.tokens) for n, seeds in todo.items() if seeds}
+    for name, method in made.items():
+      try:
+        for seed, path in todo[name].items():
+          with jax.set_mesh(sh.make_mesh((1, 1, 1))):
+            record = method.result().run(seed)
+          np.savez_compressed(path, **record)  # pyright: ignore[reportArgumentType]
+          print(report(name, seed, cfgs[name], record), flush=True)
+      except Exception as e:  # the other methods go on
+        print(f'{name}: FAILED: {type(e).__name__}: {str(e)[:600]}', flush=True)
+
+
+def compiled(cfg: RunConfig, tokens: Path) -> Method:
+  begun_s = time.monotonic()
+  with jax.set_mesh(sh.make_mesh((1, 1, 1))):
+    method = Method(cfg, tokens)
+  print(f'{cfg.balance}: compiled in {time.monotonic() - begun_s:.1f} s', flush=True)
+  return method
+
+
+if __name__ == '__main__':
+  main()
