@@ -9,6 +9,7 @@ METHODS: dict[str, dict[str, Any]] = {
   'global 1e-2': {'balance': 'global_batch', 'routing.global_batch.weight': 1e-2},
   'loss-free': {'balance': 'loss_free', 'routing.loss_free.rate': 1e-3},
   'loss-free 3e-3': {'balance': 'loss_free', 'routing.loss_free.rate': 3e-3},
+  'loss-free 1e-2': {'balance': 'loss_free', 'routing.loss_free.rate': 1e-2},
   'proportional': {
     'balance': 'loss_free',
     'routing.loss_free.rule': 'proportional',
