@@ -17,7 +17,7 @@ MAY = {
   'config': set(),
   'config_io': {'config'},
   'sharding': set(),
-  'precision': LOW,
+  'precision': {*LOW, 'ops'},
   'ops': {'sharding'},
   'routing': {*LOW, 'ops'},
   'optim': LOW,

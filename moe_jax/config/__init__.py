@@ -22,9 +22,9 @@ from moe_jax.config.model import (
   MoEConfig,
   MTPConfig,
 )
+from moe_jax.config.precision import PRECISIONS, PrecisionOverrides
 from moe_jax.config.rules import require
 from moe_jax.config.run import (
-  PRECISIONS,
   CheckpointConfig,
   DataConfig,
   DomainConfig,
@@ -62,6 +62,7 @@ __all__ = [
   'MuonConfig',
   'NSAConfig',
   'OptimConfig',
+  'PrecisionOverrides',
   'RopeConfig',
   'RunConfig',
   'SampleConfig',

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.config.model import COMPRESSED_KINDS, ModelConfig
+from moe_jax.config.precision import PRECISIONS, PrecisionOverrides
 from moe_jax.config.rules import not_negative, one_of, positive, require
 
 OPTIMIZERS = ('adamw', 'muon')
 SCHEDULES = ('constant', 'steps', 'cosine', 'wsd')
-PRECISIONS = ('float32', 'bfloat16')
 MOMENT_DTYPES = ('float32', 'bfloat16')
 ROUNDINGS = ('stochastic', 'nearest')
 TRACKERS = ('none', 'wandb', 'trackio')
@@ -278,7 +278,8 @@ class RunConfig:
   init_from: str = ''
   steps: int = 100
   microbatches: int = 1  # gradient accumulation: parts that a batch is computed in
-  precision: str = 'float32'
+  precision: str = 'float32'  # a policy of moe_jax.precision
+  precision_overrides: PrecisionOverrides = PrecisionOverrides()
   balance: str = 'loss_free+sequence_wise'
   routing: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

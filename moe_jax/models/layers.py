@@ -1,13 +1,18 @@
 """Parameter declarations and the small layers: norm, linear maps, dense feed-forward."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import P
 
 from moe_jax import sharding as sh
+from moe_jax.ops.linear import linear
 from moe_jax.ops.norm import layer_norm, rms_norm
+from moe_jax.ops.recipe import Recipe
 from moe_jax.ops.swiglu import swiglu
+from moe_jax.ops.varying import match_vma
 from moe_jax.precision import Policy
 
 # B batch  S sequence  D model  F width
@@ -24,14 +29,52 @@ def weight(
 def matmul(
   equation: str, x: jax.Array, w: jax.Array, spec: P, *, policy: Policy, out: P | None = None
 ) -> jax.Array:
-  """einsum of activations with a stored weight, whose FSDP share is gathered in compute precision.
+  """einsum of activations with a stored weight, whose FSDP share is gathered for use.
+
+  A product of matrices, x's last dimensions with w's first, follows the policy's recipe for linear
+  layers; anything else is computed in the activations' dtype.
 
   Args:
     spec: how `w` is stored; its `data` share is gathered for use and its gradient scattered back.
     out: the result's spec, where a contraction over a split dimension makes it ambiguous.
   """
-  w = jax.sharding.reshard(policy.cast(w), sh.gathered(spec))
-  return jnp.einsum(equation, x, w, out_sharding=out)
+  dims = _matrix_dims(equation)
+  if policy.plain or dims is None:
+    w = jax.sharding.reshard(policy.cast(w), sh.gathered(spec))
+    return jnp.einsum(equation, x, w, out_sharding=out)
+  if policy.gradients == policy.activations:
+    w = policy.cast(w)
+  w = jax.sharding.reshard(w, sh.gathered(spec))
+  return _by_recipe(x, w, policy.linear, *dims)
+
+
+def _matrix_dims(equation: str) -> tuple[int, int] | None:
+  """(leading dimensions of x, contracted ones) of an einsum that is x_TK w_KN, else None."""
+  x, w, out = equation.replace('->', ',').split(',')
+  lead = next((i for i, name in enumerate(x) if name in w), len(x))
+  contracted = len(x) - lead
+  plain = x[lead:] == w[:contracted] and out == x[:lead] + w[contracted:]
+  return (lead, contracted) if plain else None
+
+
+def _by_recipe(x: jax.Array, w: jax.Array, recipe: Recipe, lead: int, contracted: int) -> jax.Array:
+  """x w on each device's rows and its share of w; partial sums of a split contraction are added."""
+  x_spec, w_spec = ((*_spec(a), *(None,) * a.ndim)[: a.ndim] for a in (x, w))
+  split = [axis for axis in w_spec[:contracted] if axis is not None]
+
+  def on_device(x: jax.Array, w: jax.Array) -> jax.Array:
+    x_TK = x.reshape(-1, math.prod(w.shape[:contracted]))
+    w_KN = w.reshape(x_TK.shape[1], -1)
+    y_TN = linear(*match_vma(x_TK, w_KN), recipe)
+    y = y_TN.reshape(*x.shape[:lead], *w.shape[contracted:])
+    return jax.lax.psum(y, tuple(split)) if split else y
+
+  out_spec = P(*x_spec[:lead], *w_spec[contracted:])
+  return jax.shard_map(on_device, in_specs=(P(*x_spec), P(*w_spec)), out_specs=out_spec)(x, w)
+
+
+def _spec(a: jax.Array) -> P:
+  return jax.typeof(a).sharding.spec
 
 
 class RMSNorm(nn.Module):

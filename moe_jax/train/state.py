@@ -12,7 +12,7 @@ from moe_jax.config import RunConfig
 from moe_jax.models.attention import Where
 from moe_jax.models.decoder import Decoder
 from moe_jax.optim import GuardState, optimizer
-from moe_jax.precision import policy
+from moe_jax.precision import policy_of
 
 
 class TrainState(NamedTuple):
@@ -42,7 +42,7 @@ class TrainState(NamedTuple):
 def make_model(cfg: RunConfig, *, training: bool = False) -> Decoder:
   """The model; `training` where tokens are routed to train, see `routing.Balance`."""
   balance = routing.choose(cfg.balance, cfg.routing, cfg.model.moe)
-  return Decoder(cfg.model, policy(cfg.precision), balance.to_train() if training else balance)
+  return Decoder(cfg.model, policy_of(cfg), balance.to_train() if training else balance)
 
 
 def make_optimizer(cfg: RunConfig) -> optax.GradientTransformation:

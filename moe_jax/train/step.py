@@ -15,7 +15,7 @@ from moe_jax.models.attention import Where
 from moe_jax.models.decoder import Decoder, Output, head_DV
 from moe_jax.ops.cross_entropy import total_loss
 from moe_jax.optim import judge, schedule, trains
-from moe_jax.precision import compute_copy, policy
+from moe_jax.precision import compute_copy, policy_of
 from moe_jax.train import layers
 from moe_jax.train.state import TrainState, make_model, make_optimizer
 
@@ -65,7 +65,7 @@ def _mtp_loss(
   The paper divides every module's sum by the sequence's length; a mean over the targets that the
   module has keeps the losses comparable where documents are short.
   """
-  head = head_DV(params, policy(cfg.precision))
+  head = head_DV(params, policy_of(cfg))
   total = jnp.zeros((), jnp.float32)
   for k, (hidden_BSD, num) in enumerate(zip(out.mtp_hidden, num_targets, strict=True), start=1):
     total += total_loss(hidden_BSD, head, *mtp.targets(part, k)) / jnp.maximum(num, 1)
@@ -317,7 +317,7 @@ def _routing_of(cfg: RunConfig, out: Output, batch: Batch) -> Metrics:
 
 def _with_precision(cfg: RunConfig, function: Callable) -> Callable:
   def wrapped(*args):
-    with jax.default_matmul_precision(policy(cfg.precision).matmul):
+    with jax.default_matmul_precision(policy_of(cfg).matmul):
       return function(*args)
 
   return wrapped
