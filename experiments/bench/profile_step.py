@@ -73,8 +73,8 @@ def main(argv: list[str]) -> None:
   hlo = step.compiled.as_text() or ''
   if args.hlo:
     args.hlo.write_text(hlo)
-  seen = step.measure(args.steps)
-  print(f'{step.describe()}\n{seen.describe()}', flush=True)
+  print(step.describe(), flush=True)
+  print(step.measure(args.steps).describe(), flush=True)
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       step.run(2)

@@ -19,7 +19,8 @@ ATTENTION_KINDS = ('full', 'mla', 'dsa', 'nsa', 'moba', *COMPRESSED_KINDS)
 RESIDUAL_KINDS = ('plain', 'mhc')
 SCORES = ('softmax', 'sigmoid', 'sqrt_softplus')
 GROUP_SCORES = ('max', 'top2')
-REMAT = ('none', 'full', 'dots', 'selective')
+# what the backward pass makes again, from nothing to all; see models.decoder
+REMAT = ('none', 'light', 'selective', 'dots', 'full')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """The decoder: embedding, groups of scanned layers, final norm, output head."""
 
+import functools
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -20,27 +21,26 @@ from moe_jax.routing import Balance
 
 # B batch  S sequence  D model  V vocabulary  L layers with experts  E experts
 
-# what `selective` keeps of a layer: results that cost much arithmetic for their bytes, and the
-# routing, which is small and slow to find. Projections, norms and gathers are made again.
-KEPT = (
-  'attention_out',
-  'attention_lse',
-  'router_logits',
-  'router_choice',
-  'expert_plan',
+# what is kept of a layer for its backward pass: results that took much arithmetic for their bytes,
+# and the routing, which is small and slow to find
+_SELECTIVE = frozenset({
+  'attention_out', 'attention_lse', 'router_logits', 'router_choice', 'expert_plan',
   'expert_hidden',
-)
+})  # fmt: skip
+# these too, so that only norms, gathers and other cheap passes are made again
+_LIGHT = _SELECTIVE | {'attention_qkv', 'dense_hidden'}
 
 
-def _kept(prim: Any, *_: Any, **params: Any) -> bool:
+def _keeps(names: frozenset[str], prim: Any, *_: Any, **params: Any) -> bool:
   # jax names nothing within cuDNN's attention: its output and statistics are known by the call
-  return prim.name.startswith('dot_product_attention_fwd') or params.get('name') in KEPT
+  return prim.name.startswith('dot_product_attention_fwd') or params.get('name') in names
 
 
 _REMAT_POLICIES = {
   'full': jax.checkpoint_policies.nothing_saveable,
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  'selective': _kept,
+  'selective': functools.partial(_keeps, _SELECTIVE),
+  'light': functools.partial(_keeps, _LIGHT),
 }
 
 

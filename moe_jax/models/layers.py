@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import P
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import sharding as sh
 from moe_jax.ops.linear import linear
@@ -113,5 +114,6 @@ class FeedForward(nn.Module):
     down_FD = weight(self, 'down_FD', (F, D), sh.MATRIX_FD, std=self.std)
     gate_BSF = matmul('bsd,df->bsf', x_BSD, gate_DF, sh.MATRIX_DF, policy=self.policy)
     up_BSF = matmul('bsd,df->bsf', x_BSD, up_DF, sh.MATRIX_DF, policy=self.policy)
+    gate_BSF, up_BSF = checkpoint_name((gate_BSF, up_BSF), 'dense_hidden')
     h_BSF = swiglu(gate_BSF, up_BSF, limit=self.swiglu_limit)
     return matmul('bsf,fd->bsd', h_BSF, down_FD, sh.MATRIX_FD, policy=self.policy, out=sh.STREAM)

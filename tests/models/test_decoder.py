@@ -210,7 +210,7 @@ def gradients():
   found = {}
   dout_BSD = np.random.default_rng(2).normal(size=(B, S, 16)).astype(np.float32)
   with jax.set_mesh(sh.make_mesh((1, 1, 1))), jax.default_matmul_precision('highest'):
-    for remat in ('none', 'full', 'dots', 'selective'):
+    for remat in ('none', 'full', 'dots', 'light'):
       model = make_model('v3', remat=remat)
 
       def loss(values, model=model):
@@ -227,7 +227,7 @@ def test_everything_learnable_gets_a_gradient_and_the_bias_none(gradients):
     assert (np.abs(grad).max() > 0) != unused, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize('remat', ['full', 'dots', 'selective'])
+@pytest.mark.parametrize('remat', ['full', 'dots', 'light'])
 def test_remat_changes_no_gradient(gradients, remat):
   expected = jax.tree_util.tree_leaves_with_path(gradients['none'])
   for (path, a), b in zip(expected, jax.tree.leaves(gradients[remat]), strict=True):

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config import MLAConfig
 from moe_jax.models.attention.base import Cache, Where, append, cached_segments
@@ -25,7 +26,7 @@ class MLA(LatentAttention):
   def __call__(self, x_BSD: jax.Array, where: Where, cache: Cache | None):
     p = self.project(x_BSD, where)
     if cache is None:
-      q_BSHX, k_BSHX, v_BSHV = self.expand(p)
+      q_BSHX, k_BSHX, v_BSHV = checkpoint_name(self.expand(p), 'attention_qkv')
       segment_BS = where.segment_BS
       o_BSHV = attention(
         q_BSHX, k_BSHX, v_BSHV, segment_BS, segment_BS, where.start_B, scale=self.scale
