@@ -21,7 +21,7 @@ from absl import flags
 
 from experiments import flags as config_flags
 from experiments.screen import Card, Component, Progress, make_console, print_card
-from moe_jax import config_io, routing
+from moe_jax import config_io, precision, routing
 from moe_jax import sharding as sh
 from moe_jax.analysis.human import count
 from moe_jax.analysis.report import write_report
@@ -97,6 +97,7 @@ def check(cfg: RunConfig) -> None:
   """Raises ValueError for what can be refused before a device or a text is looked at."""
   routing.choose(cfg.balance, cfg.routing, cfg.model.moe)
   import_tracker(cfg.log.tracker)
+  precision.check_device(cfg)
 
 
 def check_vocabulary(cfg: RunConfig, vocabulary: int) -> None:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import PrecisionOverrides, RunConfig
+from moe_jax.ops.grouped_matmul.mosaic_gpu import on_hopper
 from moe_jax.ops.recipe import FP8, Product, Recipe
 
 
@@ -148,6 +149,21 @@ def policy(name: str, overrides: PrecisionOverrides | None = None) -> Policy:
 
 def policy_of(cfg: RunConfig) -> Policy:
   return policy(cfg.precision, cfg.precision_overrides)
+
+
+def check_device(cfg: RunConfig) -> None:
+  """Refuses FP8 on a GPU that has no such arithmetic; a CPU simulates it.
+
+  Raises:
+    ValueError: in one line, with what to do.
+  """
+  device = jax.devices()[0]
+  fp8 = policy_of(cfg).linear.is_fp8 or policy_of(cfg).experts.is_fp8
+  if fp8 and device.platform == 'gpu' and not on_hopper():
+    raise ValueError(
+      f'precision={cfg.precision!r} needs a Hopper GPU (compute capability 9.0), this is '
+      f"{device.device_kind}. Use precision='bfloat16', or a CPU, which simulates FP8."
+    )
 
 
 def compute_copy(policy: Policy, params: Any) -> Any:

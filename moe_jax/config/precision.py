@@ -5,6 +5,7 @@ import dataclasses
 from moe_jax.config.rules import require
 
 PRECISIONS = ('float32', 'bfloat16', 'fp8_tensor', 'fp8_block')
+FP8_BLOCK = 128
 FP8_DTYPES = ('e4m3', 'e5m2')
 # what a line may be overridden with, word by word
 PRODUCT_WORDS = ('float32', 'bfloat16', *FP8_DTYPES, 'tensor', 'block', 'power_of_two')

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.config.model import COMPRESSED_KINDS, ModelConfig
-from moe_jax.config.precision import PRECISIONS, PrecisionOverrides
+from moe_jax.config.precision import FP8_BLOCK, PRECISIONS, PrecisionOverrides
 from moe_jax.config.rules import not_negative, one_of, positive, require
 
 OPTIMIZERS = ('adamw', 'muon')
@@ -295,6 +295,19 @@ class RunConfig:
   def __post_init__(self):
     positive(self, 'config', 'steps', 'microbatches')
     one_of(self, 'config', 'precision', PRECISIONS)
+    if self.precision.startswith('fp8'):
+      widths = {'d_model': self.model.d_model, 'd_ff': self.model.d_ff}
+      if any(layer.feed_forward != 'dense' for layer in self.model.layers):
+        widths['moe.d_expert'] = self.model.moe.d_expert
+      for name, width in widths.items():
+        require(
+          width % FP8_BLOCK == 0,
+          f'model.{name}',
+          width,
+          f'must be a multiple of {FP8_BLOCK}, the side of a block that shares a scale, with '
+          f'precision={self.precision!r}',
+          "Change it, or use precision='bfloat16'.",
+        )
     require(
       self.data.batch_size % self.microbatches == 0,
       'microbatches',

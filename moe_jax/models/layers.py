@@ -66,7 +66,8 @@ def _by_recipe(x: jax.Array, w: jax.Array, recipe: Recipe, lead: int, contracted
   def on_device(x: jax.Array, w: jax.Array) -> jax.Array:
     x_TK = x.reshape(-1, math.prod(w.shape[:contracted]))
     w_KN = w.reshape(x_TK.shape[1], -1)
-    y_TN = linear(*match_vma(x_TK, w_KN), recipe)
+    x_TK, w_KN = match_vma(x_TK, w_KN)
+    y_TN = linear(x_TK, w_KN, recipe)
     y = y_TN.reshape(*x.shape[:lead], *w.shape[contracted:])
     return jax.lax.psum(y, tuple(split)) if split else y
 

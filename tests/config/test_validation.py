@@ -20,6 +20,7 @@ from moe_jax.config import (
   ModelConfig,
   MoEConfig,
   OptimConfig,
+  PrecisionOverrides,
   RopeConfig,
   RunConfig,
   SampleConfig,
@@ -113,6 +114,20 @@ RULES = [
   (SampleConfig, dict(temperature=-1.0), 'sample.temperature', '-1.0', 'not be negative'),
   (RunConfig, dict(steps=0), 'config.steps', '0', 'positive'),
   (RunConfig, dict(precision='half'), 'config.precision', "'half'", 'float32, bfloat16'),
+  (
+    RunConfig,
+    dict(precision='fp8_block', model=ModelConfig(d_ff=320, moe=MoEConfig(d_expert=128))),
+    'model.d_ff',
+    '320',
+    'must be a multiple of 128',
+  ),
+  (
+    PrecisionOverrides,
+    dict(gradients='e5m2'),
+    'precision_overrides.gradients',
+    "'e5m2'",
+    'float32, bfloat16',
+  ),
   (RunConfig, dict(microbatches=3), 'microbatches', '3', 'must divide data.batch_size=16'),
 ]
 

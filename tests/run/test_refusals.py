@@ -52,6 +52,8 @@ def refuse(capfd, tmp_path):
     ('log.tensorboard=perhaps', ['tensorboard', 'perhaps']),
     ('steps=0', ['config.steps=0', 'must be positive']),
     ('precision=float8', ["config.precision='float8'", 'float32, bfloat16']),
+    ('precision=fp8_block', ['model.d_model=16', 'multiple of 128', "precision='bfloat16'"]),
+    ('precision_overrides.linear_dgrad=e4m2', ["'e4m2'", 'bfloat16, e4m3, e5m2']),
     ('balance=los_free', ["'los_free' is not a balancing idea", 'Did you mean loss_free?']),
     ('model.moe.top_k=9', ['model.moe.top_k=9', 'num_experts=8', 'Lower top_k']),
     ('model.moe.num_groups=3', ['model.moe.num_groups=3', 'must divide num_experts=8']),

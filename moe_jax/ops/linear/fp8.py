@@ -25,14 +25,18 @@ def choose(recipe: Recipe, implementation: str | None) -> str:
     raise ValueError(
       f'implementation={implementation!r} is not one of {", ".join(IMPLEMENTATIONS)}.'
     )
-  reason = None if mosaic_gpu.on_hopper() else f'FP8 products need a Hopper GPU, {_here()}'
+  reason = _refusal(recipe)
   if implementation == 'native' and reason:
-    raise NotImplementedError(f'{reason}.')
+    raise NotImplementedError(f'linear, native: {reason}.')
   return implementation or ('simulated' if reason else 'native')
 
 
-def _here() -> str:
-  return f'this is {jax.devices()[0].device_kind}'
+def _refusal(recipe: Recipe) -> str | None:
+  if not mosaic_gpu.on_hopper():
+    return f'FP8 products need a Hopper GPU, this is {jax.devices()[0].device_kind}'
+  if any(product.is_fp8 and product.scaling == 'block' for product in recipe):
+    return 'block scales have no kernel here yet'
+  return None
 
 
 def matmul(
@@ -40,19 +44,19 @@ def matmul(
 ) -> jax.Array:
   """x w for w [K, N], x w^T for w [N, K], with `transpose_w`."""
   first, second = product.formats()
-  if product.scaling == 'tensor':
-    x, w = quantize.quantize_tensor(x_TK, first), quantize.quantize_tensor(w, second)
-    w_NK = w if transpose_w else Quantized(w.values.T, w.scale)
-    # rounded before it is scaled: cuBLASLt then writes 16 bits, and the scaling joins what follows
-    return _tensor_product(x, w_NK, implementation, x_TK.dtype)
   N = w.shape[0 if transpose_w else 1]
-  x = quantize.quantize_rows(_pad(x_TK, (1, TILE)), first)
-  w = quantize.quantize_blocks(_pad(w, (TILE, TILE)), second)
-  w_NK = w if transpose_w else quantize.transpose_blocks(w)
+  if product.scaling == 'tensor':
+    x8, w8 = quantize.quantize_tensor(x_TK, first), quantize.quantize_tensor(w, second)
+    w8_NK = w8 if transpose_w else Quantized(w8.values.T, w8.scale)
+    # rounded before it is scaled: cuBLASLt then writes 16 bits, and the scaling joins what follows
+    return _tensor_product(x8, w8_NK, implementation, x_TK.dtype)
+  x8 = quantize.quantize_rows(_pad(x_TK, (1, TILE)), first)
+  w8 = quantize.quantize_blocks(_pad(w, (TILE, TILE)), second)
+  w8_NK = w8 if transpose_w else quantize.transpose_blocks(w8)
   if implementation == 'simulated':
-    y = _float32_product(quantize.dequantize_rows(x), quantize.dequantize_blocks(w_NK))
+    y = _float32_product(quantize.dequantize_rows(x8), quantize.dequantize_blocks(w8_NK))
   else:
-    y = _kernel_rows(x, w_NK, x_TK.dtype)
+    y = _kernel_rows(x8, w8_NK, x_TK.dtype)
   return y[:, :N]
 
 
@@ -95,3 +99,11 @@ def _pad(a: jax.Array, multiples: tuple[int, int]) -> jax.Array:
   """Zeros behind, up to multiples of these; they change no scale and no sum."""
   missing = [(0, -n % m) for n, m in zip(a.shape, multiples, strict=True)]
   return jnp.pad(a, missing) if any(m for _, m in missing) else a
+
+
+def _kernel_rows(x_TK: Quantized, w_NK: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array:
+  raise NotImplementedError
+
+
+def _kernel_columns(x_KT: Quantized, dy_NT: Quantized) -> jax.Array:
+  raise NotImplementedError
