@@ -12,6 +12,7 @@ import numpy as np
 from moe_jax import sharding as sh
 from moe_jax.analysis.human import count, size
 from moe_jax.config import RunConfig
+from moe_jax.data.pipeline import RowSource
 from moe_jax.train import cost
 from moe_jax.train.state import create
 from moe_jax.train.step import make_train_step
@@ -19,6 +20,7 @@ from moe_jax.train.step import make_train_step
 # dense bf16 peak of a device, FLOP/s, by the data sheet
 PEAK_FLOPS = 989e12
 _MEAN_DOCUMENT = 1500  # tokens
+_PARTS = ('tokens', 'targets', 'positions', 'segments', 'loss_mask')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,19 @@ class Seen:
       f'{self.step_s * 1e3:.1f} ms a step (spread {self.spread:.1%}), {self.tokens_per_s:,.0f} '
       f'tokens/s, MFU {self.mfu:.1%}, peak memory {size(self.peak_bytes)}, loss {self.loss:.4f}'
     )
+
+
+def batches(cfg: RunConfig, num: int) -> tuple[list[dict[str, np.ndarray]], str]:
+  """Batches of the config's own text, and 'text'; of `batch_like_text` where that is missing."""
+  try:
+    source = RowSource(cfg.data, seed=cfg.seed, split='train')
+  except (ImportError, ValueError):
+    return [batch_like_text(cfg, seed) for seed in range(num)], 'ids as frequent as in text'
+  size, found = cfg.data.batch_size, []
+  for i in range(num):
+    rows = [source.row(i * size + r) for r in range(size)]
+    found.append({name: np.stack([row[name] for row in rows]) for name in _PARTS})
+  return found, 'text'
 
 
 def batch_like_text(cfg: RunConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -58,6 +73,13 @@ def batch_like_text(cfg: RunConfig, seed: int = 0) -> dict[str, np.ndarray]:
   }
 
 
+def flops_per_token(cfg: RunConfig) -> float:
+  """The model's own operations for one token, forward and backward."""
+  with jax.set_mesh(sh.make_mesh(cfg.check_mesh(jax.device_count()))):
+    params = jax.eval_shape(functools.partial(create, cfg), jax.random.key(0)).params
+    return cost.flops_per_token(cfg.model, params, cfg.data.sequence_length)
+
+
 class Step:
   """The training step of `cfg` on the first devices, compiled, with a fresh state."""
 
@@ -69,7 +91,8 @@ class Step:
       length = cfg.data.sequence_length
       self.flops_per_token = cost.flops_per_token(cfg.model, self.state.params, length)
       place = jax.sharding.NamedSharding(self.mesh, sh.TOKENS)
-      self.batches = [jax.device_put(batch_like_text(cfg, seed), place) for seed in range(4)]
+      found, self.data = batches(cfg, 4)
+      self.batches = [jax.device_put(batch, place) for batch in found]
       step = jax.jit(make_train_step(cfg), donate_argnums=0)
       start = time.perf_counter()
       self.compiled = step.lower(self.state, self.batches[0]).compile()
@@ -123,6 +146,6 @@ class Step:
     cfg = self.cfg
     return (
       f'{cfg.precision}, remat {cfg.model.remat}, {cfg.data.batch_size} x '
-      f'{cfg.data.sequence_length} tokens, {count(self.flops_per_token)}FLOP a token, '
-      f'compiled in {self.compile_s:.0f} s'
+      f'{cfg.data.sequence_length} tokens of {self.data}, '
+      f'{count(self.flops_per_token)}FLOP a token, compiled in {self.compile_s:.0f} s'
     )
