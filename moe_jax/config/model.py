@@ -134,6 +134,8 @@ class ModelConfig:
   norm_eps: float = 1e-6
   init_std: float = 0.006
   remat: str = 'none'
+  # compile every layer by itself: no copies into and out of stacks, and a longer start
+  unroll_layers: bool = False
   full: FullAttentionConfig = FullAttentionConfig()
   mla: MLAConfig = MLAConfig()
   dsa: DSAConfig = DSAConfig()

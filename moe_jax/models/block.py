@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config import LayerKind, ModelConfig
 from moe_jax.models.attention import KINDS, Where
@@ -37,7 +38,7 @@ class Block(nn.Module):
       name='attention',
     )  # fmt: skip
     y_BSD, cache, aux = attention(RMSNorm(c.norm_eps, name='attention_norm')(h_BSD), where, cache)
-    x = write(y_BSD)
+    x = checkpoint_name(write(y_BSD), 'stream')
 
     h_BSD, write = site(c, name='feed_forward_residual')(x)
     h_BSD = RMSNorm(c.norm_eps, name='feed_forward_norm')(h_BSD)

@@ -28,7 +28,7 @@ _SELECTIVE = frozenset({
   'expert_hidden',
 })  # fmt: skip
 # these too, so that only norms, gathers and other cheap passes are made again
-_LIGHT = _SELECTIVE | {'attention_qkv', 'dense_hidden'}
+_LIGHT = _SELECTIVE | {'attention_qkv', 'stream', 'dense_hidden'}
 
 
 def _keeps(names: frozenset[str], prim: Any, *_: Any, **params: Any) -> bool:
@@ -114,6 +114,7 @@ class Decoder(nn.Module):
         split_rngs={'params': True},
         in_axes=cast(Any, (0, nn.broadcast)),
         length=repeats,
+        unroll=repeats if c.unroll_layers else 1,
       )(kinds, c, self.balance, self.policy, intermediates, name=f'group_{i}')
       x, (new, seen) = group(x, None if cache is None else cache[i], where)
       caches.append(new)
