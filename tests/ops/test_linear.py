@@ -64,8 +64,8 @@ def test_products_are_those_of_the_rounded_operands(recipe):
     'dw': rounded(x, wgrad, 0, 'columns').T @ rounded(dy, wgrad, 1, 'columns'),
   }
   for name, found in (('y', y), ('dx', dx), ('dw', dw)):
-    # y and dx are bfloat16: half of its last bit; dw is float32
-    tolerance = 2**-8 if name != 'dw' else 1e-5
+    # y and dx are rounded to bfloat16, by a tensor's scale once more; dw is float32
+    tolerance = 2**-7 if name != 'dw' else 1e-5
     scale = np.abs(exact[name]).max()
     np.testing.assert_allclose(
       np.asarray(found.astype(jnp.float32)), exact[name], rtol=tolerance, atol=1e-6 * scale
