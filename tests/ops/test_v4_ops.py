@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from moe_jax.ops.compress import closed_windows, compress
-from moe_jax.ops.entry_index import index_loss, select_top_k
+from moe_jax.ops.entry_index import (
+  choose,
+  chosen_scores,
+  entry_scores,
+  index_loss,
+  select_top_k,
+)
 from moe_jax.ops.hyper_connections import sinkhorn
 from moe_jax.ops.rope import frequencies, rotate_last
 from moe_jax.ops.route import hash_table, scores
@@ -83,6 +89,28 @@ def test_select_top_k_takes_the_first_of_equals_and_nothing_invisible():
   visible = jnp.array([[[1, 1, 1, 1, 0], [0, 1, 0, 0, 0]]], bool)
   picked = select_top_k(score, visible, k=2)
   assert picked.astype(int).tolist() == [[[0, 1, 1, 0, 0], [0, 1, 0, 0, 0]]]
+
+
+def test_chosen_entries_are_those_of_the_mask_and_so_are_their_scores_and_gradients():
+  B, S, N, H, C, K = 2, 7, 6, 8, 4, 3
+  q, k = (jnp.asarray(RANDOM.standard_normal(s), jnp.float32) for s in ((B, S, H, C), (B, N, C)))
+  weight = jnp.asarray(RANDOM.standard_normal((B, S, H)), jnp.float32)
+  first = jnp.array([[0, 0, 0, 0, 2, 2, 2]] * B)
+  count = jnp.array([[0, 1, 2, 5, 4, 4, 0]] * B)
+  index = choose(q, k, weight, first, count, k=K)
+  visible = (jnp.arange(N) >= first[..., None]) & (jnp.arange(N) < (first + count)[..., None])
+  mask = select_top_k(entry_scores(q, k, weight), visible, k=K)
+  used = jnp.arange(K) < count[..., None]
+  named = jax.nn.one_hot(jnp.where(used, index, N), N).any(2)
+  np.testing.assert_array_equal(named, mask)
+  factor = jnp.where(used, 1.0 + jnp.arange(K), 0)
+  by_index = lambda *a: (chosen_scores(*a, index) * factor).sum()
+  at = lambda a: jnp.take_along_axis(entry_scores(*a), index, axis=-1)
+  by_mask = lambda *a: (at(a) * factor).sum()
+  got = jax.value_and_grad(by_index, argnums=(0, 1, 2))(q, k, weight)
+  want = jax.value_and_grad(by_mask, argnums=(0, 1, 2))(q, k, weight)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_index_loss_is_zero_where_scores_are_the_log_of_the_attention():

@@ -273,14 +273,14 @@ class CSA(Sliding):
     indexer = EntryIndexer(c, self.std, self.eps, self.policy, name='indexer')
     scored, _ = indexer(*jax.lax.stop_gradient((x_BSD, latent_BSQ)), where, None, freq=freq)
     runs = self._runs(where, c.csa_ratio)
-    slots = -(-min(c.index_top_k, entry_BNC.shape[1]) // SLOT_BLOCK) * SLOT_BLOCK
-    index_BSK = choose(*scored, runs.entry_first_BS, runs.entry_count_BS, k=slots)
+    index_BSK = choose(*scored, runs.entry_first_BS, runs.entry_count_BS, k=c.index_top_k)
+    index_BSK = jnp.pad(index_BSK, ((0, 0), (0, 0), (0, -index_BSK.shape[-1] % SLOT_BLOCK)))
     runs = runs._replace(entry_count_BS=jnp.minimum(runs.entry_count_BS, c.index_top_k))
 
     def aux(lse_BSH: jax.Array) -> Aux:
       if not c.index_loss_weight:
         return {}
-      used_BSK = jnp.arange(slots) < runs.entry_count_BS[..., None]
+      used_BSK = jnp.arange(index_BSK.shape[-1]) < runs.entry_count_BS[..., None]
       mass_BSK = chosen_mass(q_BSHC, entry_BNC, lse_BSH, runs, index_BSK, scale=c.d_head**-0.5)
       score_BSK = chosen_scores(*scored, index_BSK)
       loss = index_loss(score_BSK, mass_BSK, used_BSK, where.segment_BS > 0)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import sharding as sh
-from moe_jax.ops.entry_index.reference import entry_scores
+from moe_jax.ops.indexer import select_keys
 from moe_jax.ops.sink_attention.row_sums import add_parts, inverse
 
 # of products that a chunk of queries makes
@@ -29,28 +29,29 @@ def choose(
   *,
   k: int,
 ) -> jax.Array:
-  """The entries of the k largest scores of each query, by index in the row, largest first.
+  """The entries of the k largest scores of each query, by index in the row, [B, S, K].
 
-  Of equals, the first. Where a query sees fewer than k, other entries follow; k beyond N adds
-  zeros. Passes no gradient.
+  In ascending order, zeros where a query sees fewer; K is the smaller of k and N. Of equals, the
+  first. Passes no gradient.
 
   Args:
     first_BS, count_BS: the run of entries that a query sees.
   """
-  N = k_BNC.shape[1]
 
   def on_device(q, k_BNC, weight, first, count):
-    B, _, H, _ = q.shape
-    rows = _chunk_rows(B * H * N * 4)
-
-    def chunk(q, weight, first, count):
-      score = _over_heads(entry_scores(q, k_BNC, weight))
-      behind = jnp.arange(N) - first[..., None]
-      score = jnp.where((behind >= 0) & (behind < count[..., None]), score, -jnp.inf)
-      return lax.top_k(score, min(k, N))[1].astype(jnp.int32)
-
-    chosen = _by_chunks(chunk, rows, q, weight, first, count)
-    return jnp.pad(chosen, ((0, 0), (0, 0), (0, k - min(k, N))))
+    if not jax.sharding.get_abstract_mesh().empty:
+      q, weight = (lax.all_gather(a, sh.MODEL, axis=2, tiled=True) for a in (q, weight))
+    (B, S), N = first.shape, k_BNC.shape[1]
+    # one row of entries, of which a query sees a run of its own row's
+    start_B1 = jnp.arange(B, dtype=jnp.int32)[:, None] * N
+    flat = lambda a: a.reshape(-1, *a.shape[2:])
+    first += start_B1
+    runs = flat(first), flat(first + count)
+    # the scale of scores does not matter to their order
+    index_TK, count_T = select_keys(flat(q), flat(k_BNC), flat(weight), *runs, k=min(k, N))
+    index_BSK = index_TK.reshape(B, S, -1) - start_B1[..., None]
+    used_BSK = jnp.arange(index_BSK.shape[-1]) < count_T.reshape(B, S, 1)
+    return jnp.where(used_BSK, index_BSK, 0)
 
   args = lax.stop_gradient((q_BSHC, k_BNC, weight_BSH, first_BS, count_BS))
   specs = (sh.HEADS, sh.STREAM, sh.WIDE, sh.TOKENS, sh.TOKENS)

@@ -1,7 +1,7 @@
 """Hopper backend: what it takes, and the forward and backward kernels joined into one function."""
 
 # B batch  S queries  N entries  H heads  C width  K index slots  T queries of all rows (B*S)
-# R tokens, then entries, of all rows  U queries of a chunk  J slots of a query
+# R tokens, then entries, of all rows  U queries of a chunk  J slots of a query  X places of sums
 
 import functools
 from typing import Any
@@ -25,6 +25,7 @@ from moe_jax.ops.sink_attention.spans import Spans
 _BLOCK = mosaic_gather.BLOCK
 # of what queries add to the gradients of their rows, held at a time
 _CHUNK_BYTES = 3 << 30
+_PIECES = 16
 
 
 def unsupported(
@@ -142,7 +143,9 @@ def _attend_backward(sizes, kept, cotangents):
   delta_TH = (o_THC.astype(jnp.float32) * do_THC.astype(jnp.float32)).sum(-1)
   dsink_H = -(jnp.exp2(sink_H * LOG2E - lse_TH) * delta_TH).sum(0)
 
-  U = max(8, min(_round_up(T), _CHUNK_BYTES // (head_blocks * J * C * 2) // _BLOCK * _BLOCK))
+  most = max(1, min(T, _CHUNK_BYTES // (head_blocks * J * C * 2)))
+  # without a remainder dq is whole when the chunks are done
+  U = next((u for u in range(most, most // 2, -1) if T % u == 0), most)
   num_chunks = -(-T // U)
   # queries past the last have no keys
   padded = lambda a: jnp.pad(a, ((0, num_chunks * U - T), *((0, 0),) * (a.ndim - 1)))
@@ -151,21 +154,30 @@ def _attend_backward(sizes, kept, cotangents):
     None if index_M is None else padded(index_M.reshape(T, -1)).reshape(num_chunks, U, -1)
   )
 
-  def chunk(total_RC, at):
+  # an entry that most queries see is summed by as many programs as there are pieces of a chunk
+  entries = R - T
+  pieces = _PIECES if index_M is None else 1
+  places = T + pieces * entries
+
+  def chunk(total_XC, at):
     first, run_U4, index_UK = at
     dq_UHC, part_GMC = mosaic_backward.backward(
       first[None], q_THC, do_THC, row_RC, run_T4, index_M, lse_TH, delta_TH,
       queries=U, slots=J, window_slots=window_slots, scale=scale, native=native,
     )  # fmt: skip
-    key_UJ = _keys(run_U4, index_UK, window_slots, entry_slots, nobody=R)
+    key_UJ = _keys(run_U4, index_UK, window_slots, entry_slots, nobody=places)
+    if pieces > 1:
+      piece_U1 = jnp.arange(U, dtype=jnp.int32)[:, None] * pieces // U
+      key_UJ = jnp.where(key_UJ < T, key_UJ, jnp.minimum(key_UJ + piece_U1 * entries, places))
     key_M = jnp.tile(key_UJ.reshape(-1), head_blocks)
-    order_M, begin = inverse(key_M, R)
-    return add_parts(total_RC, part_GMC.reshape(-1, C), order_M, begin), dq_UHC
+    order_M, begin = inverse(key_M, places)
+    return add_parts(total_XC, part_GMC.reshape(-1, C), order_M, begin), dq_UHC
 
   starts = jnp.arange(num_chunks, dtype=jnp.int32) * U
-  total_RC, dq_QUHC = lax.scan(
-    chunk, jnp.zeros((R, C), jnp.float32), (starts, run_QUx4, index_QUxK)
-  )
+  zeros = jnp.zeros((places, C), jnp.float32)
+  total_XC, dq_QUHC = lax.scan(chunk, zeros, (starts, run_QUx4, index_QUxK))
+  entry_total_EC = total_XC[T:].reshape(pieces, entries, C).sum(0)
+  total_RC = jnp.concatenate([total_XC[:T], entry_total_EC])
   dq_THC = dq_QUHC.reshape(num_chunks * U, H, C)[:T]
   none = lambda a: None if a is None else np.zeros(a.shape, jax.dtypes.float0)
   return dq_THC, total_RC.astype(row_RC.dtype), dsink_H, none(run_T4), none(index_M)

@@ -75,7 +75,12 @@ def backward(
     def _():
       plgpu.set_max_registers(232, action='increase')
       plgpu.barrier_wait(ready)
-      own_columns = pl.ds(group * columns, columns)
+
+      def leave(value, target):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        out_s[group] = value.astype(out_s.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_s.at[group], target)
 
       def attend(i, done):
         item = plan.item(i, run_g, base)
@@ -87,14 +92,13 @@ def backward(
         def block(j, acc):
           mine = mg.opaque(group, native=native)
           zero = mine - group
-          keys, own = pl.ds(mine * _HALF, _HALF), pl.ds(mine * columns, columns)
+          keys = pl.ds(mine * _HALF, _HALF)
           mg.wait(landed, slot, done + j, native=native)
 
           def with_keys(a_s):
             def product(ref):
               for c in range(2):
-                k = k_s.at[zero, keys, c * columns : (c + 1) * columns]
-                plgpu.wgmma(ref, a_s.at[c + 2 * zero], k.T)
+                plgpu.wgmma(ref, a_s.at[c + 2 * zero], k_s.at[zero, c, keys].T)
               return ref[...]
 
             return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((HEADS, _HALF), jnp.float32))
@@ -115,7 +119,7 @@ def backward(
           ds_s[zero, :, keys] = ds.astype(ds_s.dtype)
           plgpu.commit_smem()
           meet(crossed)
-          queries_part = lambda ref: plgpu.wgmma(ref, ds_s.at[zero], k_s.at[zero, :, own])
+          queries_part = lambda ref: plgpu.wgmma(ref, ds_s.at[zero], k_s.at[zero, mine])
           acc = mg.accumulate(acc, queries_part, native=native)
           plgpu.barrier_arrive(free)
 
@@ -132,23 +136,16 @@ def backward(
 
             sums = pl.run_scoped(rows, plgpu.WGMMAAccumulatorRef((mg.BLOCK, part), jnp.float32))
             for c in range(0, part, piece):
-              plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-              out_s[group] = sums[:, c : c + piece].astype(out_s.dtype)
-              plgpu.commit_smem()
               at_columns = pl.ds(group * columns + start + c, piece)
-              at = item.head_block, at_rows, at_columns
-              plgpu.copy_smem_to_gmem(out_s.at[group], out_g.at[at])
+              leave(sums[:, c : c + piece], out_g.at[item.head_block, at_rows, at_columns])
           plgpu.barrier_arrive(met)
           return acc
 
         acc = lax.fori_loop(0, item.blocks, block, acc)
-        # the other is past its last product with q as well
-        meet(crossed)
-        q_s[group] = acc.astype(q_s.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_s.at[group], dq_g.at[query, item.heads, own_columns])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(q_free)
+        for c in range(0, columns, piece):
+          at_columns = pl.ds(group * columns + c, piece)
+          leave(acc[:, c : c + piece], dq_g.at[query, item.heads, at_columns])
         return done + item.blocks
 
       done = lax.fori_loop(0, share, attend, jnp.int32(0))
@@ -209,7 +206,7 @@ def backward(
     scratch_types=(
       tile(2, HEADS, columns),
       tile(2, HEADS, columns),
-      tile(1, mg.BLOCK, C),
+      tile(1, 2, mg.BLOCK, columns),
       tile(1, HEADS, mg.BLOCK),
       tile(1, HEADS, mg.BLOCK),
       tile(2, mg.BLOCK, piece),

@@ -7,6 +7,8 @@
   values       each warpgroup sums 256 of the 512 columns, over all 64 keys, in registers; so the
                probabilities, in bfloat16, cross in shared memory too
   sink         the first maximum, and a sum of 1, of the running softmax
+  between      the next query arrives during the last product, and outputs leave from where the last
+               keys were
 
 Traffic: 1024 bytes a key for 4 * 64 * 512 operations, out of L2 where neighbouring queries share
 keys: 128 a byte, so an L2 that delivers 5.5 TB/s allows 700 TFLOP/s. Then shared memory: with 64
@@ -56,7 +58,7 @@ def forward(
 
   def kernel(
     q_g, row_g, sink_g, run_g, index_g, o_g, lse_g,
-    q_s, k_s, p_s, row_s, lse_s, q_full, q_free, ready, free, met, crossed, landed,
+    q_s, k_s, p_s, row_s, sum_s, lse_s, q_full, q_free, ready, free, met, crossed, landed,
   ):  # fmt: skip
     group = lax.axis_index('warpgroup')
     turn_of = lambda block: lax.div(block, jnp.int32(_SLOTS))
@@ -81,19 +83,23 @@ def forward(
           acc, top, total = carry
           mine = mg.opaque(group, native=native)
           zero = mine - group
-          keys, own = pl.ds(mine * _HALF, _HALF), pl.ds(mine * columns, columns)
+          keys = pl.ds(mine * _HALF, _HALF)
           slot = slot_of(done + j)
           mg.wait(landed, slot, turn_of(done + j), native=native)
 
           def scores(ref):
             for c in range(2):
-              k = k_s.at[slot, keys, c * columns : (c + 1) * columns]
-              plgpu.wgmma(ref, q_s.at[c + 2 * zero], k.T)
+              plgpu.wgmma(ref, q_s.at[c + 2 * zero], k_s.at[slot, c, keys].T)
             return ref[...]
 
           s = (
             pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((HEADS, _HALF), jnp.float32)) * to_log2
           )
+
+          @pl.when(j == item.blocks - 1)
+          def _():
+            plgpu.barrier_arrive(q_free)
+
           at = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
           s = jnp.where(at < item.live(j) - group * _HALF, s, _NO_SCORE)
           most = s.max(axis=1)
@@ -109,27 +115,33 @@ def forward(
           total = total * rescale + p.sum(axis=1)
           acc = acc * _across(rescale, acc)
           plgpu.barrier_wait(crossed)
-          values = lambda ref: plgpu.wgmma(ref, p_s, k_s.at[slot, :, own])
+          values = lambda ref: plgpu.wgmma(ref, p_s, k_s.at[slot, mine])
           acc = mg.accumulate(acc, values, native=native)
-          plgpu.barrier_arrive(free.at[slot])
+
+          # the last block's slot has another use yet
+          @pl.when(j < item.blocks - 1)
+          def _():
+            plgpu.barrier_arrive(free.at[slot])
+
           return acc, new_top, total
 
         acc, top, total = lax.fori_loop(0, item.blocks, block, (acc, top, total))
-        row_s[group] = total
+        sum_s[group] = total
         meet(met)
-        total += plgpu.load(row_s.at[1 - group], layout=_ROW, optimized=False)
-        # the other is past its last product with q as well
-        q_s[group] = (acc * _across(1 / total, acc)).astype(q_s.dtype)
+        total += plgpu.load(sum_s.at[1 - group], layout=_ROW, optimized=False)
+        # nobody else reads these columns of the last keys
+        slot = slot_of(done + item.blocks - 1)
+        k_s[slot, group] = (acc * _across(1 / total, acc)).astype(k_s.dtype)
         lse_s[group] = top + jnp.log(total) * LOG2E
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_s.at[group], o_g.at[item.query, item.heads, own_columns])
+        plgpu.copy_smem_to_gmem(k_s.at[slot, group], o_g.at[item.query, item.heads, own_columns])
 
         @pl.when(group == 0)
         def _():
           plgpu.copy_smem_to_gmem(lse_s.at[group], lse_g.at[item.query, item.heads])
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(q_free)
+        plgpu.barrier_arrive(free.at[slot])
         return done + item.blocks
 
       lax.fori_loop(0, plan.share(T), attend, jnp.int32(0))
@@ -184,8 +196,9 @@ def forward(
     ),
     scratch_types=(
       tile(2, HEADS, columns),
-      tile(_SLOTS, mg.BLOCK, C),
+      tile(_SLOTS, 2, mg.BLOCK, columns),
       tile(HEADS, mg.BLOCK),
+      plgpu.SMEM((2, HEADS), jnp.float32),
       plgpu.SMEM((2, HEADS), jnp.float32),
       plgpu.SMEM((2, HEADS), jnp.float32),
       plgpu.Barrier(num_arrivals=2),

@@ -32,7 +32,8 @@ TILING = (
 _SCALAR = plgpu.Layout.WG_SPLAT
 _THREADS = 128
 _SLOT_BYTES = BLOCK * WIDTH * 2
-_BAND_BYTES = 8 * WIDTH * 2  # 8 rows, in tiles of 512 bytes
+_HALF_BYTES = _SLOT_BYTES // 2
+_BAND_BYTES = 8 * WIDTH // 2 * 2  # 8 rows of half the columns, in tiles of 512 bytes
 
 
 class Run(NamedTuple):
@@ -98,13 +99,16 @@ def gather(
   *,
   native: bool,
 ) -> None:
-  """Starts copying the rows of `run` to slots_s[slot]; does not wait."""
+  """Starts copying the rows of `run` to slots_s[slot], [2, 64, C / 2], and does not wait."""
   listed = run.at is not None
   if not native:
     j = jnp.minimum(jnp.arange(BLOCK), run.live - 1)
     if run.at is not None:
       j = index_g[...][run.at + j]
-    slots_s[slot] = row_g[...][run.first + j]
+    rows = row_g[...][run.first + j]
+    for half in range(2):
+      columns = rows.shape[1] // 2
+      slots_s[slot, half] = rows[:, half * columns : (half + 1) * columns]
     plgpu.barrier_arrive(barriers.at[slot])
     return
 
@@ -148,7 +152,9 @@ def _copies(rows, slots, bars, slot, first, count, index, at) -> None:
   column = arith.addi(arith.muli(tile, _i32(64)), arith.muli(chunk, _i32(16)))
   source = arith.addi(llvm.ptrtoint(i64, mgpu.memref_ptr(rows)), wide(column))
   target = arith.addi(_shared(slots), arith.muli(slot, _i32(_SLOT_BYTES)))
-  inside = arith.addi(arith.muli(tile, _i32(512)), arith.muli(parity, _i32(64)))
+  half = arith.muli(arith.shrui(tile, _i32(3)), _i32(_HALF_BYTES))
+  in_band = arith.muli(arith.andi(tile, _i32(7)), _i32(512))
+  inside = arith.addi(arith.addi(half, in_band), arith.muli(parity, _i32(64)))
   target = arith.addi(target, inside)
   pair_in_tile = [
     arith.addi(target, arith.addi(_i32(128 * p), arith.shli(arith.xori(chunk, _i32(p)), _i32(4))))

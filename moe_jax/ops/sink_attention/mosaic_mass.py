@@ -66,8 +66,7 @@ def mass(
 
           def scores(ref):
             for c in range(2):
-              k = k_s.at[mine, :, c * columns : (c + 1) * columns]
-              plgpu.wgmma(ref, k, q_s.at[c + 2 * (mine - group)].T)
+              plgpu.wgmma(ref, k_s.at[mine, c], q_s.at[c + 2 * (mine - group)].T)
             return ref[...]
 
           accumulator = plgpu.WGMMAAccumulatorRef((mg.BLOCK, HEADS), jnp.float32)
@@ -134,7 +133,7 @@ def mass(
     out_type=jax.ShapeDtypeStruct((plan.head_blocks, T, plan.num_slots), jnp.float32),
     scratch_types=(
       tile(2, HEADS, columns),
-      tile(_SLOTS, mg.BLOCK, C),
+      tile(_SLOTS, 2, mg.BLOCK, columns),
       plgpu.SMEM((2, mg.BLOCK), jnp.float32),
       plgpu.Barrier(num_arrivals=2),
       plgpu.Barrier(num_arrivals=2),
