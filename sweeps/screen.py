@@ -12,7 +12,7 @@ from rich.text import Text
 
 from moe_jax.analysis.human import duration
 from sweeps.record import Follower, Record, State
-from sweeps.rows import Row
+from sweeps.rows import Row, describe
 
 COLOURS = {
   State.RUNNING: 'cyan',
@@ -45,6 +45,7 @@ class Screen:
     self._console, self._interval_s, self._clock = console, interval_s, clock
     self._started_s = clock()
     self._drawn_s = -math.inf
+    self._names: dict[Row, str] = {}
     self._told: dict[Row, tuple[State, float]] = {}  # what was last said of a row, and when
     # no thread: the launcher forks
     self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
@@ -66,6 +67,8 @@ class Screen:
     self, rows: Sequence[Row], records: Mapping[Row, Record], progress: Mapping[Row, Follower]
   ) -> None:
     now = self._clock()
+    if len(rows) != len(self._names):
+      self._names = short_labels(rows)
     if not self._live:
       for row in rows:
         self._tell(row, len(rows), records[row], progress[row], now)
@@ -94,7 +97,7 @@ class Screen:
       record, seen = records[row], progress[row]
       table.add_row(
         str(row.number),
-        row.label,
+        self._names[row],
         Text(record.state, style=COLOURS[record.state]),
         f'{seen.step:,}/{row.cfg.steps:,}',
         _number(seen.loss, 4),
@@ -122,10 +125,27 @@ class Screen:
       self.note(_failure(row, record))
       return
     text = f'row {row.number}/{num_rows} {"was" if first else ""} {record.state}'
-    text = ' '.join(text.split()) + f'  {row.label}'
+    text = ' '.join(text.split()) + f'  {self._names[row]}'
     if seen.step:
       text += f'  step {seen.step}/{row.cfg.steps}  loss {_number(seen.loss, 4)}'
     self.note(text)
+
+
+def short_labels(rows: Sequence[Row]) -> dict[Row, str]:
+  """Rows by the fields in which they differ, without the fields' groups, cut at 60 letters."""
+  values: dict[str, set[str]] = {}
+  for row in rows:
+    for name, value in row.overrides.items():
+      values.setdefault(name, set()).add(str(value))
+  # a field that only some rows override tells them apart too
+  everywhere = {n for n in values if all(n in row.overrides for row in rows)}
+  constant = {n for n in everywhere if len(values[n]) == 1} if len(rows) > 1 else set()
+  labels = {}
+  for row in rows:
+    shown = {n.rpartition('.')[2]: v for n, v in row.overrides.items() if n not in constant}
+    text = describe(shown)
+    labels[row] = text if len(text) <= 60 else f'{text[:57]}...'
+  return labels
 
 
 def _failure(row: Row, record: Record) -> str:

@@ -1,0 +1,35 @@
+"""IsoFLOP runs of a small model on bytes: four sizes at three budgets, where they make sense.
+
+python -m sweeps.run --sweep=sweeps/scaling.py --jobs=2 --workdir=runs/sweeps/scaling
+
+notebooks/04_scaling_laws.py fits and draws a law of such runs.
+"""
+
+from collections.abc import Iterator
+
+from sweeps import space
+from sweeps.budget import isoflop
+
+CONFIG = 'experiments/configs/small.py:bytes'
+BUDGETS = (3e10, 9e10, 2.7e11)  # FLOPs
+WIDTHS = (16, 32, 48, 64)
+
+
+def sizes() -> Iterator[space.Overrides]:
+  """Everything grows with the width; the learning rate falls with its root."""
+  for width in WIDTHS:
+    yield {
+      'model.d_model': width,
+      'model.mla.num_heads': width // 16,
+      'model.mla.q_rank': 3 * width // 4,
+      'model.mla.kv_rank': width // 2,
+      'model.moe.d_expert': width // 2,
+      'optim.lr_peak': round(4e-3 * (64 / width) ** 0.5, 6),
+    }
+
+
+def sweep() -> Iterator[space.Overrides]:
+  for row in isoflop(CONFIG, BUDGETS, list(sizes()), tokens_per_parameter=(0.5, 200)):
+    # the schedule belongs to the number of steps; nothing is looked at before the end
+    end = {'eval.interval_steps': row['steps'], 'checkpoint.interval_steps': row['steps']}
+    yield {**row, 'optim.warmup_steps': max(4, row['steps'] // 8), **end}
