@@ -97,20 +97,17 @@ def favourites(layer: int) -> pd.DataFrame:
     num_experts=num_experts,
     decode=lambda token: source.tokenizer.decode([token]),
   )
-  return pd.DataFrame(
-    rows, columns=['expert', 'its favourite tokens', 'their share of its choices']
-  )
+  columns = ['expert', 'its favourite tokens', 'their share of its choices']
+  return pd.DataFrame(rows, columns=columns).set_index('expert').round(2)
 
 
-favourites(0).head(8).style.hide().format({'their share of its choices': '{:.0%}'})
+favourites(0).head(8)
 
 # %% [markdown]
 # And of the last layer:
 
 # %%
-favourites(cfg.model.num_layers - first_layer - 1).head(8).style.hide().format(
-  {'their share of its choices': '{:.0%}'}
-)
+favourites(cfg.model.num_layers - first_layer - 1).head(8)
 
 # %% [markdown]
 # ## Token or domain, layer by layer

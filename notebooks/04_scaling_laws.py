@@ -53,9 +53,7 @@ flops = results['flops_per_token'] * results['tokens']
 results['budget'] = [nearest_budget(f, BUDGETS) for f in flops]
 results[
   ['budget', 'parameters.total', 'parameters.active', 'tokens', 'steps', 'eval/loss']
-].sort_values(['budget', 'parameters.active']).style.hide().format(
-  {'budget': '{:.1e}', 'tokens': '{:,}', 'eval/loss': '{:.3f}'}
-)
+].sort_values(['budget', 'parameters.active']).set_index('budget').round(3)
 
 # %% [markdown]
 # ## The law, by active and by total parameters
@@ -80,9 +78,8 @@ for name, fit in fits.items():
   for field in (*scaling.Law._fields, 'size_exponent'):
     low, high = fit.interval(lambda law, field=field: getattr(law, field))
     rows.append((name, field, getattr(fit.law, field), low, high))
-pd.DataFrame(rows, columns=['parameters', 'of the law', 'fit', '5%', '95%']).style.hide().format(
-  precision=3
-)
+table = pd.DataFrame(rows, columns=['parameters', 'of the law', 'fit', '5%', '95%'])
+table.set_index(['parameters', 'of the law']).map('{:.3g}'.format)
 
 # %% [markdown]
 # ## What a budget buys
