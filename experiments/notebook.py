@@ -4,16 +4,12 @@ Runs go to runs/notebooks (or the folder that MOE_JAX_NOTEBOOK_RUNS names), wher
 there already is not made again.
 """
 
-import io
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-
-import matplotlib
-from matplotlib.figure import Figure
 
 from moe_jax.analysis import style
 
@@ -53,13 +49,11 @@ def _without_root(text: str) -> str:
   return text.replace(f'{runs()}/', 'runs/notebooks/').replace(f'{ROOT}/', '')
 
 
-def show(figure: Figure | None) -> Any:
-  """A figure as a picture in the notebook, drawn in the project's style."""
+def show(figure: Any) -> Any:
+  """A matplotlib Figure as a picture in the notebook, drawn in the project's style."""
   from IPython.display import Image
 
   if figure is None:
     raise ValueError('there is nothing to draw: the run has not recorded these metrics.')
   title = ' '.join(figure.get_suptitle().split())
-  with matplotlib.rc_context(style.STYLE), io.BytesIO() as file:
-    figure.savefig(file, format='png')
-    return Image(file.getvalue(), width=800, alt=title)
+  return Image(style.png(figure), width=800, alt=title)

@@ -1,6 +1,7 @@
 """How every picture here looks: one dictionary of settings, and the few helpers that apply it."""
 
 import functools
+import io
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -68,6 +69,13 @@ def title(fig: Figure, finding: str) -> Figure:
   text = textwrap.fill(finding, 88)
   fig.suptitle(text, x=0.012, ha='left', fontsize=11.5, fontweight='bold', color='#222222')
   return fig
+
+
+@styled
+def png(fig: Figure) -> bytes:
+  with io.BytesIO() as file:
+    fig.savefig(file, format='png')
+    return file.getvalue()
 
 
 def rule(axes: Axes, y: float, label: str) -> None:
