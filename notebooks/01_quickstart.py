@@ -29,7 +29,7 @@ program(
   'experiments.run',
   '--config=experiments/configs/small.py',
   f'--workdir={workdir}',
-  show_lines=40,
+  show_lines=60,
 )
 
 # %% [markdown]
@@ -87,7 +87,7 @@ print(f'{summary["flops_per_token"]:,.0f} FLOPs a token, forward and backward')
 # %% [markdown]
 # ## The weights
 #
-# A checkpoint is one tree. `experiments.generate` lets the model write; this one has seen 300,000
+# A checkpoint is one tree. `experiments.generate` lets the model write; this one has seen 150,000
 # tokens, so expect words and not sense.
 
 # %%

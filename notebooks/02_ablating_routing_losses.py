@@ -70,9 +70,9 @@ program('sweeps.run', *flags, show_lines=30)
 records = [json.loads(p.read_text()) for p in sorted(folder.glob('rows/*/row.json'))]
 for record, path in zip(records, sorted(folder.glob('rows/*')), strict=True):
   steps = [row['step'] for row in read_metrics(path).rows if 'train/loss' in row]
-  assert steps == list(range(1, 101)), path
+  assert steps == list(range(1, 81)), path
   assert record['state'] == 'done'
-print(f'{len(records)} rows, 100 steps each; resumed:', sum(r['starts'] > 1 for r in records))
+print(f'{len(records)} rows, 80 steps each; resumed:', sum(r['starts'] > 1 for r in records))
 
 # %% [markdown]
 # ## The table
@@ -124,7 +124,7 @@ show(compare.curves_figure(*curves('router/max_vio'), 'MaxVio of the worst layer
 show(compare.curves_figure(*curves('train/lm_loss'), 'training loss', baseline='none'))
 
 # %% [markdown]
-# A hundred steps of a tiny model show how to compare, not which method to use: the biases of
+# Eighty steps of a tiny model show how to compare, not which method to use: the biases of
 # `loss_free` have hardly found their place, and differences in loss are small beside what longer
 # training would make of them. To add a method of your own, see
 # [05](05_your_own_balancing_loss.ipynb).

@@ -12,4 +12,4 @@ CONFIG = 'experiments/configs/small.py'
 
 def sweep() -> Iterator[space.Overrides]:
   ideas = ['none', 'switch', 'sequence_wise', 'loss_free']
-  yield from space.grid({'balance': ideas, 'seed': range(3)}, {'steps': [100]})
+  yield from space.grid({'balance': ideas, 'seed': range(3)}, {'steps': [80]})

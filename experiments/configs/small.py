@@ -32,7 +32,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     plays=dict(source='plays', weight=0.5, max_megabytes=2.0),
     code=dict(source='code', weight=0.5, max_megabytes=2.0),
   )
-  c.data.batch_size = 16
+  c.data.batch_size = 8
   c.data.sequence_length = 128
 
   c.optim.lr_peak = 4e-3
@@ -46,4 +46,5 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     c.data.tokenizer = 'bytes'
     c.model.vocab_size = 264
     c.model.num_layers = 2
+    c.data.batch_size = 16
   return c

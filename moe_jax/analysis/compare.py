@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from moe_jax.analysis import style
@@ -95,6 +96,7 @@ def paired_figure(
   right.set(yticks=range(len(every)), yticklabels=every, ylim=(len(every) - 0.5, -0.5))
   right.set(xlabel=measure, title='imbalance at the end: dots are seeds')
   _log_x(right, np.concatenate([list(v.values()) for v in vio.values()]))
+  left.xaxis.set_major_locator(MaxNLocator(5))
   for axes in (left, right):
     axes.grid(axis='y', visible=False)
     axes.margins(x=0.06)
@@ -125,7 +127,10 @@ def curves_figure(
   *,
   baseline: str,
 ) -> Figure:
-  """A metric over steps: the mean over seeds of each method, and the range of its seeds."""
+  """A metric over steps: the mean over seeds of each method, and the range of its seeds.
+
+  The title has means over the last tenth of the steps.
+  """
   fig, (axes,) = style.panels(3.6)
   colours = iter(COLOURS)
   ends, window = {}, 1
@@ -149,7 +154,7 @@ def curves_figure(
   lowest = min(ends, key=lambda m: ends[m])
   finding = f'{name} ends lowest with {lowest}, {ends[lowest]:.2f}'
   if lowest != baseline:
-    finding += f'; {baseline} has {ends[baseline]:.2f} (means of the last tenth)'
+    finding += f'; {baseline} has {ends[baseline]:.2f}'
   return style.title(fig, finding)
 
 

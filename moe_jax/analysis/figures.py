@@ -80,7 +80,8 @@ def load_figure(metrics: Metrics, *, first_layer: int = 0) -> Figure | None:
   load_NLE = np.divide(load_NLE, mean_NL1, out=np.ones_like(load_NLE), where=mean_NL1 > 0)
   _, L, E = load_NLE.shape
   shown = np.unique(np.linspace(0, L - 1, min(L, MAX_PANELS)).round().astype(int))
-  num_columns = min(len(shown), 3 if len(shown) <= 6 else 4)
+  # four in a square
+  num_columns = 2 if len(shown) == 4 else min(len(shown), 3 if len(shown) <= 6 else 4)
   num_rows = -(-len(shown) // num_columns)
   height = 1.1 + num_rows * (2.6 if num_rows == 1 else 1.9)
   fig, grid = style.panels(height, rows=num_rows, columns=num_columns, share=True)
@@ -122,7 +123,7 @@ def load_figure(metrics: Metrics, *, first_layer: int = 0) -> Figure | None:
 def balance_figure(
   metrics: Metrics, summary: Mapping[str, Any], *, first_layer: int = 0
 ) -> Figure | None:
-  """MaxVio (largest load / mean - 1; arXiv:2408.15664) and entropy of the load, per layer."""
+  """MaxVio (largest load / mean - 1; arXiv:2408.15664) and the gate's entropy, per layer."""
   if 'router/max_vio' not in metrics or 'router/entropy' not in metrics:
     return None
   steps, vio_NL = metrics.series('router/max_vio')
@@ -140,13 +141,13 @@ def balance_figure(
     axes.set_xlabel(f'step (curves: mean of {window} steps)' if window > 1 else 'step')
   left.set_title('MaxVio: busiest expert / mean - 1')
   style.log_scale(left, vio_NL)
-  right.set_title('entropy of the load / its maximum')
+  right.set_title('entropy of the gate / its maximum')
   right.set_ylim(top=1)
   _layer_key(fig, [left, right], first_layer, L)
   worst = np.max(summary.get('max_vio') or vio_NL[-1])
   finding = (
     f'MaxVio of the worst layer {_change(vio_NL[0].max(), worst)}; '
-    f'entropy ends at {entropy_NL[-1].min():.3f} of its maximum'
+    f"the gate's entropy ends at {entropy_NL[-1].min():.3f} of its maximum"
   )
   if 'router/dead_experts' in metrics:
     dead = int(np.nansum(metrics.series('router/dead_experts')[1][-1]))

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from PIL import Image
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#6B6B6B'
@@ -66,16 +67,19 @@ def panels(
 
 
 def title(fig: Figure, finding: str) -> Figure:
-  text = textwrap.fill(finding, 88)
+  text = textwrap.fill(finding, 82)
   fig.suptitle(text, x=0.012, ha='left', fontsize=11.5, fontweight='bold', color='#222222')
   return fig
 
 
 @styled
 def png(fig: Figure) -> bytes:
-  with io.BytesIO() as file:
-    fig.savefig(file, format='png')
-    return file.getvalue()
+  """The figure as it is kept in a notebook: 256 colours, a third of the bytes."""
+  with io.BytesIO() as drawn, io.BytesIO() as small:
+    fig.savefig(drawn, format='png')
+    with Image.open(drawn) as image:
+      image.convert('RGB').quantize(256).save(small, format='PNG', optimize=True)
+    return small.getvalue()
 
 
 def rule(axes: Axes, y: float, label: str) -> None:
