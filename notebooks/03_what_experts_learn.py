@@ -15,7 +15,7 @@
 #
 # The run of notebook 1 has seen plays and Python code in equal parts, and nobody told its experts
 # which is which. Every evaluation leaves counts in `routing/`: how many tokens of each domain chose
-# each expert, which experts were chosen together, and the choices of the first 2048 tokens.
+# each expert, which experts were chosen together, and the choices of the first thousand tokens.
 
 # %%
 import json
