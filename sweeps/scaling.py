@@ -1,4 +1,4 @@
-"""IsoFLOP runs of a small model on bytes: four sizes at three budgets, where they make sense.
+"""IsoFLOP runs of a small model on bytes: three sizes at each of three budgets.
 
 python -m sweeps.run --sweep=sweeps/scaling.py --jobs=2 --workdir=runs/sweeps/scaling
 
@@ -11,8 +11,8 @@ from sweeps import space
 from sweeps.budget import isoflop
 
 CONFIG = 'experiments/configs/small.py:bytes'
-BUDGETS = (3e10, 9e10, 2.7e11)  # FLOPs
-WIDTHS = (16, 32, 48, 64)
+BUDGETS = (1e10, 3e10, 9e10)  # FLOPs
+WIDTHS = (16, 32, 48)
 
 
 def sizes() -> Iterator[space.Overrides]:
@@ -29,7 +29,7 @@ def sizes() -> Iterator[space.Overrides]:
 
 
 def sweep() -> Iterator[space.Overrides]:
-  for row in isoflop(CONFIG, BUDGETS, list(sizes()), tokens_per_parameter=(0.5, 200)):
+  for row in isoflop(CONFIG, BUDGETS, list(sizes()), tokens_per_parameter=(0.2, 400)):
     # the schedule belongs to the number of steps; nothing is looked at before the end
     end = {'eval.interval_steps': row['steps'], 'checkpoint.interval_steps': row['steps']}
     yield {**row, 'optim.warmup_steps': max(4, row['steps'] // 8), **end}

@@ -14,7 +14,7 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'notebooks'
-CELL_TIMEOUT_S = 900
+CELL_TIMEOUT_S = 1800
 
 
 def sources(names: list[str]) -> list[pathlib.Path]:

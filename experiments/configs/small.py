@@ -46,5 +46,5 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     c.data.tokenizer = 'bytes'
     c.model.vocab_size = 264
     c.model.num_layers = 2
-    c.data.batch_size = 16
+    c.data.batch_size = 4
   return c

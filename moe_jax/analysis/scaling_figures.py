@@ -94,7 +94,7 @@ def _best_sizes(
     FuncFormatter(lambda y, _: _short(y) if f'{y:e}'[0] in '25' else '')
   )
   axes.set_ylim(sizes[0] / 1.25, sizes[-1] * 1.25)
-  axes.legend(loc='lower right')
+  axes.legend(loc='best')
 
 
 def _finding(runs: Runs, fit: Fit, budgets: np.ndarray, best: np.ndarray, parameters: str) -> str:
