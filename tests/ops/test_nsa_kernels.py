@@ -70,25 +70,30 @@ def test_rows_of_several_documents_and_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize('start', (0, 8))
-def test_importance_is_the_sum_of_probabilities_over_heads(start):
+def test_block_scores_are_sums_of_probabilities_over_heads_and_overlaps(start):
   q, k = (jax.random.normal(jax.random.key(i), (n, G, M, C)) for i, n in ((0, 40), (1, 20)))
-  first = jnp.arange(40, dtype=jnp.int32) // 16 * 4
-  count = jnp.arange(40, dtype=jnp.int32) % 16
+  first = np.arange(40, dtype=np.int32) // 16 * 4
+  count = np.arange(40, dtype=np.int32) % 16
   k_RGC = k[:, :, 0]
-  score = jnp.einsum('tgmc,rgc->tgmr', q, k_RGC) * SCALE
-  behind = jnp.arange(20) - first[:, None]
-  seen = ((behind >= 0) & (behind < count[:, None]))[:, None, None]
-  lse = jax.nn.logsumexp(jnp.where(seen, score, -1e30), axis=-1) / jnp.log(2.0)
-  p_TGR = jnp.where(seen, jnp.exp(score - lse[..., None] * jnp.log(2.0)), 0).sum(2)
-  got = triton_runs.importance(
-    q, k_RGC, first, count, lse, jnp.array([start]), queries=32, width=16, scale=SCALE
-  )
-  at = jnp.minimum(first[:, None] + jnp.arange(16), 19)
-  want = jnp.take_along_axis(p_TGR, at[:, None], axis=-1)
-  want = jnp.where(jnp.arange(16) < count[:, None, None], want, 0)[start : start + 32]
-  np.testing.assert_allclose(got, want, atol=1e-5)
+  score = np.asarray(jnp.einsum('tgmc,rgc->tgmr', q, k_RGC)) * SCALE
+  want = np.zeros((40, G, 9))
+  lse = np.full((40, G, M), -1e30, np.float32)
+  for t in range(40):
+    seen = slice(first[t], first[t] + count[t])
+    e = np.exp(score[t, :, :, seen])
+    if count[t]:
+      lse[t] = np.log2(e.sum(-1))
+      p = (e / e.sum(-1, keepdims=True)).sum(1)
+      for i in range(count[t]):
+        for place in (i, i + 1):  # key i covers two places, a block two
+          want[t, :, place // 2] += p[:, i]
+  got = triton_runs.block_scores(
+    q, k_RGC, jnp.asarray(first), jnp.asarray(count), jnp.asarray(lse), jnp.array([start]),
+    queries=32, blocks=9, per_block=2, reach=2, scale=SCALE,
+  )  # fmt: skip
+  np.testing.assert_allclose(got, want[start : start + 32], atol=1e-4)
 
 
 def test_the_kernels_say_why_they_cannot():
   q = jnp.zeros((1, 4, G, M, C), jnp.bfloat16)
-  assert 'needs an NVIDIA GPU' in (nsa.unsupported(q, C) or '')
+  assert 'needs an NVIDIA GPU' in (nsa.unsupported(q, C, SIZES) or '')

@@ -48,7 +48,7 @@ class NSA(GroupedAttention):
         f'{branch}_v_BTGV': self.keys(f'{branch}_v_DGV', x_BSD, c.d_value),
       }
     if cache is None:
-      problem = nsa.unsupported(q_BSGMC, c.d_value)
+      problem = nsa.unsupported(q_BSGMC, c.d_value, self._sizes)
       if problem is None:
         return self.output(self._rows(q_BSGMC, entries, gate_BSGM3, where), D), None, {}
       nsa.log_fallback(problem)

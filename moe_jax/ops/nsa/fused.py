@@ -16,6 +16,7 @@ from jax import lax
 
 from moe_jax.ops import pallas_triton
 from moe_jax.ops.attention import attention as dense
+from moe_jax.ops.indexer.triton_top_k import top_k
 from moe_jax.ops.nsa import triton_blocks, triton_runs
 from moe_jax.ops.nsa.reference import KeyValue, Sizes
 from moe_jax.ops.sink_attention.row_sums import inverse
@@ -23,9 +24,11 @@ from moe_jax.ops.sink_attention.row_sums import inverse
 # of importance, and of choices that are sorted, held at a time
 _CHUNK_BYTES = 1 << 29
 _CHUNK_CHOICES = 1 << 22
+# above any sum of probabilities
+_FORCED = 1e9
 
 
-def unsupported(q_BSGMC: jax.Array, v_width: int) -> str | None:
+def unsupported(q_BSGMC: jax.Array, v_width: int, sizes: Sizes) -> str | None:
   """Why these kernels cannot run here, in one line, or None if they can."""
   M, C = q_BSGMC.shape[3:]
   power = lambda n: n & (n - 1) == 0
@@ -35,6 +38,13 @@ def unsupported(q_BSGMC: jax.Array, v_width: int) -> str | None:
     return f'needs keys and values of one width, 16, 32, 64 or 128, got {C} and {v_width}'
   if not power(M) or M > triton_runs.ROWS:
     return f'needs 1, 2, 4, .. {triton_runs.ROWS} query heads a group, got {M}'
+  if not sizes.compress_length <= sizes.select_length <= triton_runs.KEYS:
+    return (
+      f'needs compress_length <= select_length <= {triton_runs.KEYS}, '
+      f'got {sizes.compress_length} and {sizes.select_length}'
+    )
+  if not power(sizes.select_length) or not power(sizes.stride):
+    return f'needs powers of two, got {sizes.select_length} tokens a block every {sizes.stride}'
   if q_BSGMC.dtype != jnp.bfloat16:
     return f'needs bfloat16, got {q_BSGMC.dtype}'
   return None
@@ -86,8 +96,9 @@ def attention(
     scale=scale, window=sizes.window,
   )  # fmt: skip
   outputs.append(near.reshape(q_BSGMC.shape))
-  gates = (gate_BSGM3[..., i, None].astype(q_BSGMC.dtype) for i in range(3))
-  return sum((g * o for g, o in zip(gates, outputs, strict=True)), jnp.zeros_like(q_BSGMC))
+  gate_BSGM3 = gate_BSGM3.astype(jnp.float32)
+  mixed = (gate_BSGM3[..., i, None] * o.astype(jnp.float32) for i, o in enumerate(outputs))
+  return sum(mixed, jnp.zeros(q_BSGMC.shape, jnp.float32)).astype(q_BSGMC.dtype)
 
 
 def closed_blocks(
@@ -130,36 +141,30 @@ def _blocks_seen(position_BS, segment_BS, sizes: Sizes) -> tuple[jax.Array, jax.
 def _choose(
   q_TGMC, k_RGC, first_T, count_T, lse_TGM, position_T, *, sizes: Sizes, scale: float, length: int
 ) -> jax.Array:
-  """The chosen blocks of each query and group, by number in the document, best first: [T, G, K]."""
+  """The chosen blocks of each query and group, by number in the document: [T, G, K]."""
   T, G, M, _ = q_TGMC.shape
   blocks = -(-length // sizes.select_length)
-  per_block = sizes.select_length // sizes.stride
-  reach = sizes.compress_length // sizes.stride
-  width = blocks * per_block
   K = min(sizes.top_blocks, blocks)
   step = max(triton_runs.ROWS // M, 1)
-  queries = max(1, min(T, _CHUNK_BYTES // (G * width * 4)) // step) * step
+  queries = max(1, min(T, _CHUNK_BYTES // (G * blocks * 4)) // step) * step
 
   def chunk(start: jax.Array) -> jax.Array:
-    mass_QGN = triton_runs.importance(
+    score_QGJ = triton_runs.block_scores(
       q_TGMC, k_RGC, first_T, count_T, lse_TGM, start[None],
-      queries=queries, width=width, scale=scale,
+      queries=queries, blocks=blocks, per_block=sizes.select_length // sizes.stride,
+      reach=sizes.compress_length // sizes.stride, scale=scale,
     )  # fmt: skip
-    # block j gets each compressed block by how much of it lies in j, in strides
-    padded = jnp.pad(mass_QGN, ((0, 0), (0, 0), (reach - 1, reach - 1)))
-    score_QGJ = jnp.zeros((queries, G, blocks), jnp.float32)
-    for i in range(per_block + reach - 1):
-      overlap = min(i + 1, reach, per_block, per_block + reach - 1 - i)
-      part = lax.slice_in_dim(padded, i, i + (blocks - 1) * per_block + 1, per_block, axis=2)
-      score_QGJ += overlap * part
     block_J = jnp.arange(blocks)
-    position_Q11 = lax.dynamic_slice(jnp.pad(position_T, (0, queries)), (start,), (queries,))[
-      :, None, None
-    ]
-    behind = position_Q11 // sizes.select_length - block_J
-    score_QGJ = jnp.where((block_J < 1) | (behind < 2), jnp.inf, score_QGJ)
-    score_QGJ = jnp.where(behind < 0, -jnp.inf, score_QGJ)
-    return lax.top_k(score_QGJ, K)[1].astype(jnp.int32)
+    position_Q = lax.dynamic_slice(jnp.pad(position_T, (0, queries)), (start,), (queries,))
+    last_Q = position_Q // sizes.select_length
+    forced = (block_J < 1) | (last_Q[:, None, None] - block_J < 2)
+    score_RJ = jnp.where(forced, _FORCED, score_QGJ).reshape(-1, blocks)
+    end_R = jnp.repeat(last_Q + 1, G)
+    if jax.default_backend() == 'gpu':
+      index_RK, _ = top_k(score_RJ, jnp.zeros_like(end_R), end_R, k=K)
+    else:
+      _, index_RK = lax.top_k(jnp.where(block_J < end_R[:, None], score_RJ, -1.0), K)
+    return index_RK.reshape(queries, G, K).astype(jnp.int32)
 
   starts = jnp.arange(-(-T // queries), dtype=jnp.int32) * queries
   return lax.map(chunk, starts).reshape(-1, G, K)[:T]

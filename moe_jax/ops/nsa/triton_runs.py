@@ -24,6 +24,8 @@ from moe_jax.ops import pallas_triton
 LOG2E = math.log2(math.e)
 NO_SCORE = -1e30
 ROWS, KEYS = 128, 64
+# programs that share the queries of a block of keys, the first of which all later ones see
+_PIECES = 8
 
 
 def load_rows(ref, row, width: int, mask=None):
@@ -84,26 +86,29 @@ def forward(
     tile = Tile(at * queries, group, T, G, M)
     q = load_rows(q_g, tile.row, C)
     first, count = plt.load(first_g.at[tile.query]), plt.load(count_g.at[tile.query])
-    begin, end = _reach(first, count, R)
+    begin, full, steps = _walk(first, count, R)
 
-    def block(i, carry):
+    def block(i, carry, masked):
       acc, top, total = carry
       key = begin + i * KEYS + jnp.arange(KEYS, dtype=jnp.int32)
       row = jnp.minimum(key, R - 1) * G + group
       k = load_rows(k_g, row, C)
       s = plt.dot(q, k, trans_b=True) * (scale * LOG2E)
-      seen = _visible(key, first, count)
-      s = jnp.where(seen, s, NO_SCORE)
+      if masked:
+        s = jnp.where(_visible(key, first, count), s, NO_SCORE)
       new_top = jnp.maximum(top, s.max(axis=1))
       rescale = jnp.exp2(top - new_top)
-      p = jnp.where(seen, jnp.exp2(s - new_top[:, None]), 0.0)
+      p = jnp.exp2(s - new_top[:, None])
+      if masked:
+        # a query that has not seen a key yet
+        p = jnp.where(s > NO_SCORE, p, 0.0)
       v = load_rows(v_g, row, C)
       acc = acc * rescale[:, None] + plt.dot(p.astype(v.dtype), v)
       return acc, new_top, total * rescale + p.sum(axis=1)
 
     zero = jnp.zeros((ROWS,), jnp.float32)
     carry = jnp.zeros((ROWS, C), jnp.float32), zero + NO_SCORE, zero
-    acc, top, total = lax.fori_loop(0, pl.cdiv(end - begin, KEYS), block, carry)
+    acc, top, total = _both(block, full, steps, carry)
     store_rows(o_g, tile.row, acc / jnp.maximum(total, 1e-30)[:, None], tile.live)
     lse = jnp.where(total > 0, top + jnp.log2(jnp.maximum(total, 1e-30)), NO_SCORE)
     store_rows(lse_g, tile.row, lse, tile.live)
@@ -118,11 +123,21 @@ def forward(
   return o.reshape(q_TGMC.shape), lse.reshape(T, G, M)
 
 
-def _reach(first, count, num_keys: int):
-  """From the first key that any of these queries sees, to behind the last."""
-  begin = jnp.where(count > 0, first, num_keys).min()
-  end = jnp.where(count > 0, first + count, 0).max()
-  return begin // 16 * 16, end
+def _walk(first, count, num_keys: int):
+  """The first key that any of these queries sees; then how many blocks of keys from there on all of
+  them see, and how many blocks there are to walk."""
+  some = count > 0
+  begin = jnp.where(some, first, num_keys).min()
+  end = jnp.where(some, first + count, 0).max()
+  steps = jnp.maximum(pl.cdiv(end - begin, KEYS), 0)
+  common = jnp.where(first.max() == begin, (first + count).min() - begin, 0)
+  return begin, jnp.clip(common // KEYS, 0, steps), steps
+
+
+def _both(block, full, steps, carry):
+  """block(i, carry, masked) without masks as far as none are needed, then with them."""
+  carry = lax.fori_loop(0, full, lambda i, c: block(i, c, False), carry)
+  return lax.fori_loop(full, steps, lambda i, c: block(i, c, True), carry)
 
 
 def query_gradient(
@@ -147,19 +162,19 @@ def query_gradient(
     q, do = load_rows(q_g, tile.row, C), load_rows(do_g, tile.row, C)
     lse, delta = plt.load(lse_g.at[tile.row]), plt.load(delta_g.at[tile.row])
     first, count = plt.load(first_g.at[tile.query]), plt.load(count_g.at[tile.query])
-    begin, end = _reach(first, count, R)
+    begin, full, steps = _walk(first, count, R)
 
-    def block(i, dq):
+    def block(i, dq, masked):
       key = begin + i * KEYS + jnp.arange(KEYS, dtype=jnp.int32)
       row = jnp.minimum(key, R - 1) * G + group
       k, v = load_rows(k_g, row, C), load_rows(v_g, row, C)
-      s = plt.dot(q, k, trans_b=True) * (scale * LOG2E)
-      p = jnp.where(_visible(key, first, count), jnp.exp2(s - lse[:, None]), 0.0)
+      p = jnp.exp2(plt.dot(q, k, trans_b=True) * (scale * LOG2E) - lse[:, None])
+      if masked:
+        p = jnp.where(_visible(key, first, count), p, 0.0)
       ds = p * (plt.dot(do, v, trans_b=True) - delta[:, None]) * scale
       return dq + plt.dot(ds.astype(k.dtype), k)
 
-    zeros = jnp.zeros((ROWS, C), jnp.float32)
-    dq = lax.fori_loop(0, pl.cdiv(end - begin, KEYS), block, zeros)
+    dq = _both(block, full, steps, jnp.zeros((ROWS, C), jnp.float32))
     store_rows(dq_g, tile.row, dq, tile.live)
 
   flat = lambda a: a.reshape(-1, a.shape[-1])
@@ -188,44 +203,53 @@ def key_gradient(
   T, G, M, C = q_TGMC.shape
   R, queries = k_RGC.shape[0], ROWS // M
   blocks = pl.cdiv(R, KEYS)
-  begin_N, end_N = _seen_by(first_T, count_T, blocks, queries)
+  bounds_4B = _seen_by(first_T, count_T, blocks, queries)
 
-  def kernel(q_g, do_g, k_g, v_g, first_g, count_g, lse_g, delta_g, begin_g, end_g, dk_g, dv_g):
-    at, group = pl.program_id(0), pl.program_id(1)
+  def kernel(q_g, do_g, k_g, v_g, first_g, count_g, lse_g, delta_g, bounds_g, dk_g, dv_g):
+    at, group, piece = (pl.program_id(i) for i in range(3))
     key = at * KEYS + jnp.arange(KEYS, dtype=jnp.int32)
     row = jnp.minimum(key, R - 1) * G + group
     k, v = load_rows(k_g, row, C), load_rows(v_g, row, C)
-    begin, end = begin_g[at], end_g[at]
+    begin, full_begin, full_end, end = (bounds_g[i * blocks + at] for i in range(4))
+    # an equal share of the tiles
+    low = begin + (end - begin) * piece // _PIECES
+    high = begin + (end - begin) * (piece + 1) // _PIECES
 
-    def block(i, carry):
+    def block(i, carry, masked):
       dk, dv = carry
-      tile = Tile((begin + i) * queries, group, T, G, M)
+      tile = Tile(i * queries, group, T, G, M)
       q, do = load_rows(q_g, tile.row, C), load_rows(do_g, tile.row, C)
       lse, delta = plt.load(lse_g.at[tile.row]), plt.load(delta_g.at[tile.row])
-      first, count = plt.load(first_g.at[tile.query]), plt.load(count_g.at[tile.query])
-      seen = _visible(key, first, count) & tile.live[:, None]
-      s = plt.dot(q, k, trans_b=True) * (scale * LOG2E)
-      p = jnp.where(seen, jnp.exp2(s - lse[:, None]), 0.0)
+      p = jnp.exp2(plt.dot(q, k, trans_b=True) * (scale * LOG2E) - lse[:, None])
+      if masked:
+        first, count = plt.load(first_g.at[tile.query]), plt.load(count_g.at[tile.query])
+        p = jnp.where(_visible(key, first, count) & tile.live[:, None], p, 0.0)
       ds = p * (plt.dot(do, v, trans_b=True) - delta[:, None]) * scale
       dv = dv + plt.dot(p.astype(do.dtype), do, trans_a=True)
       return dk + plt.dot(ds.astype(q.dtype), q, trans_a=True), dv
 
     zeros = jnp.zeros((KEYS, C), jnp.float32)
-    dk, dv = lax.fori_loop(0, end - begin, block, (zeros, zeros))
-    store_rows(dk_g, row, dk, key < R)
-    store_rows(dv_g, row, dv, key < R)
+    carry = zeros, zeros
+    middle = jnp.clip(full_begin, low, high), jnp.clip(full_end, low, high)
+    carry = lax.fori_loop(low, middle[0], lambda i, c: block(i, c, True), carry)
+    carry = lax.fori_loop(*middle, lambda i, c: block(i, c, False), carry)
+    dk, dv = lax.fori_loop(middle[1], high, lambda i, c: block(i, c, True), carry)
+    place = (piece * R + key) * G + group
+    store_rows(dk_g, place, dk, key < R)
+    store_rows(dv_g, place, dv, key < R)
 
   flat = lambda a: a.reshape(-1, a.shape[-1])
-  out = jax.ShapeDtypeStruct((R * G, C), k_RGC.dtype)
-  dk, dv = pallas_triton.call(
+  out = jax.ShapeDtypeStruct((_PIECES * R * G, C), jnp.float32)
+  parts = pallas_triton.call(
     kernel, flat(q_TGMC), flat(do_TGMC), flat(k_RGC), flat(v_RGC), first_T, count_T,
-    lse_TGM.reshape(-1), delta_TGM.reshape(-1), begin_N, end_N,
-    grid=(blocks, G), out=(out, out), num_warps=8, num_stages=2,
+    lse_TGM.reshape(-1), delta_TGM.reshape(-1), bounds_4B.reshape(-1),
+    grid=(blocks, G, _PIECES), out=(out, out), num_warps=8, num_stages=2,
   )  # fmt: skip
-  return dk.reshape(k_RGC.shape), dv.reshape(k_RGC.shape)
+  dk, dv = (a.reshape(_PIECES, *k_RGC.shape).sum(0).astype(k_RGC.dtype) for a in parts)
+  return dk, dv
 
 
-def importance(
+def block_scores(
   q_TGMC: jax.Array,
   k_RGC: jax.Array,
   first_T: jax.Array,
@@ -234,15 +258,35 @@ def importance(
   start: jax.Array,
   *,
   queries: int,
-  width: int,
+  blocks: int,
+  per_block: int,
+  reach: int,
   scale: float,
 ) -> jax.Array:
-  """The probabilities of `forward` summed over a group's heads, float32 [queries, G, width].
+  """float32 [queries, G, blocks]: `forward`'s probabilities, summed over a group's heads and over
+  the keys that overlap with each block of `per_block` places, times the overlap.
 
-  Of `queries` queries from `start` on; column i is the i-th key of a query's run, 0 beyond it.
+  Of `queries` queries from `start` on. Key i of a run covers places i to i + reach - 1. The sums
+  are products with small whole numbers, of probabilities in two bfloat16 parts.
   """
   T, G, M, C = q_TGMC.shape
   R, per_tile = k_RGC.shape[0], ROWS // M
+  assert KEYS % per_block == 0 and reach <= per_block
+  at_once = max(KEYS // per_block, 16)
+  width = -(-blocks // at_once) * at_once
+  far = 2**30
+
+  def overlaps(ahead: int):
+    """[KEYS, blocks] of keys with the blocks that begin at them, or `ahead` keys later."""
+    shape = KEYS, at_once
+    place = jnp.arange(KEYS, dtype=jnp.int32)[:, None] - ahead
+    begin = jnp.arange(at_once, dtype=jnp.int32)[None, :] * per_block
+    low = jnp.maximum(jnp.broadcast_to(place, shape), jnp.broadcast_to(begin, shape))
+    high = jnp.minimum(
+      jnp.broadcast_to(place + reach, shape), jnp.broadcast_to(begin + per_block, shape)
+    )
+    mine = jnp.broadcast_to(begin, shape) < KEYS
+    return jnp.where(mine, jnp.maximum(high - low, 0), 0).astype(jnp.bfloat16)
 
   def kernel(q_g, k_g, first_g, count_g, lse_g, start_g, out_g):
     at, group = pl.program_id(0), pl.program_id(1)
@@ -250,53 +294,76 @@ def importance(
     tile = Tile(base + at * per_tile, group, T, G, M)
     q, lse = load_rows(q_g, tile.row, C), plt.load(lse_g.at[tile.row])
     first, count = plt.load(first_g.at[tile.query]), plt.load(count_g.at[tile.query])
-    begin, end = _reach(first, count, R)
     query = at * per_tile + jnp.arange(per_tile, dtype=jnp.int32)
     own = plt.load(first_g.at[jnp.minimum(base + query, T - 1)])
+    here, next_ = overlaps(0), overlaps(KEYS)
 
-    def block(i, _):
-      key = begin + i * KEYS + jnp.arange(KEYS, dtype=jnp.int32)
-      k = load_rows(k_g, jnp.minimum(key, R - 1) * G + group, C)
-      s = plt.dot(q, k, trans_b=True) * (scale * LOG2E)
-      seen = _visible(key, first, count) & tile.live[:, None]
-      p = jnp.where(seen, jnp.exp2(s - lse[:, None]), 0.0)
-      total = p.reshape(per_tile, M, KEYS).sum(1)
-      shape = per_tile, KEYS
-      column = key[None, :] - own[:, None]
-      inside = (column >= 0) & (column < width) & (query < queries)[:, None]
-      row = jnp.broadcast_to((query * G + group)[:, None], shape)
-      index = jnp.where(inside, row, queries * G), column
-      plt.store(out_g.at[index], total, mask=inside)
+    def over_heads(p, weights):
+      high = p.astype(jnp.bfloat16)
+      low = (p - high.astype(jnp.float32)).astype(jnp.bfloat16)
+      y = plt.dot(high, weights) + plt.dot(low, weights)
+      return y.reshape(per_tile, M, at_once).sum(1)
 
-    lax.fori_loop(0, pl.cdiv(end - begin, KEYS), block, None)
+    def document(begin):
+      """Of the queries whose runs begin there; then the next such place."""
+      mine = (first == begin) & tile.live
+      end = jnp.where(mine, first + count, begin).max()
+
+      def block(i, carried):
+        key = begin + i * KEYS + jnp.arange(KEYS, dtype=jnp.int32)
+        k = load_rows(k_g, jnp.minimum(key, R - 1) * G + group, C)
+        p = jnp.exp2(plt.dot(q, k, trans_b=True) * (scale * LOG2E) - lse[:, None])
+        p = jnp.where(_visible(key, first, count) & mine[:, None], p, 0.0)
+        score = over_heads(p, here) + carried
+        shape = per_tile, at_once
+        column = i * (KEYS // per_block) + jnp.arange(at_once, dtype=jnp.int32)
+        row = (query * G + group)[:, None]
+        inside = ((own == begin) & (query < queries))[:, None] & (column < width)[None, :]
+        inside &= (jnp.arange(at_once) < KEYS // per_block)[None, :]
+        row = jnp.where(inside, jnp.broadcast_to(row, shape), queries * G)
+        index = row, jnp.broadcast_to(column[None, :], shape)
+        plt.store(out_g.at[index], score, mask=inside)
+        return over_heads(p, next_)
+
+      # one block more than there are keys, for what the last of them carries
+      steps = jnp.where(end > begin, pl.cdiv(end - begin, KEYS) + 1, 0)
+      lax.fori_loop(0, steps, block, jnp.zeros((per_tile, at_once), jnp.float32))
+      return jnp.where(first > begin, first, far).min()
+
+    lax.while_loop(lambda begin: begin < far, document, first.min())
 
   flat = lambda a: a.reshape(-1, a.shape[-1])
   out = pallas_triton.call(
     kernel, flat(q_TGMC), flat(k_RGC), first_T, count_T, lse_TGM.reshape(-1), start,
     grid=(pl.cdiv(queries, per_tile), G),
     out=jax.ShapeDtypeStruct((queries * G, width), jnp.float32),
-    num_warps=8, num_stages=3,
+    num_warps=8, num_stages=2,
   )  # fmt: skip
   # what no program wrote may hold anything
   count_Q = lax.dynamic_slice(jnp.pad(count_T, (0, queries)), (start[0],), (queries,))
-  written = jnp.arange(width) < count_Q[:, None, None]
-  return jnp.where(written, out.reshape(queries, G, width), 0)
+  touched = jnp.arange(blocks) * per_block < (count_Q + reach - 1)[:, None, None]
+  score_QGJ = out.reshape(queries, G, width)[..., :blocks]
+  return jnp.where(touched & (count_Q > 0)[:, None, None], score_QGJ, 0)
 
 
-def _seen_by(
-  first_T: jax.Array, count_T: jax.Array, blocks: int, queries: int
-) -> tuple[jax.Array, jax.Array]:
-  """The tiles of queries, from one to behind another, that see any key of each block of keys."""
+def _seen_by(first_T: jax.Array, count_T: jax.Array, blocks: int, queries: int) -> jax.Array:
+  """Tiles of queries of each block of keys, [4, blocks]: from the first that sees any of its keys,
+  and of those that see all, the first and the one behind the last, to behind the last of any."""
   tiles = pl.cdiv(first_T.size, queries)
   pad = tiles * queries - first_T.size
   count_NQ = jnp.pad(count_T, (0, pad)).reshape(tiles, queries)
   first_NQ = jnp.pad(first_T, (0, pad)).reshape(tiles, queries)
-  some = count_NQ > 0
-  low_N = jnp.where(some, first_NQ, jnp.iinfo(jnp.int32).max).min(1)
+  some, most = count_NQ > 0, jnp.iinfo(jnp.int32).max
+  low_N = jnp.where(some, first_NQ, most).min(1)
   high_N = jnp.where(some, first_NQ + count_NQ, 0).max(1)
   start_B1 = jnp.arange(blocks, dtype=jnp.int32)[:, None] * KEYS
-  seen_BN = (low_N < start_B1 + KEYS) & (high_N > start_B1)
+  any_BN = (low_N < start_B1 + KEYS) & (high_N > start_B1)
+  all_BN = (first_NQ.max(1) <= start_B1) & ((first_NQ + count_NQ).min(1) >= start_B1 + KEYS)
   index_N = jnp.arange(tiles, dtype=jnp.int32)
-  begin_B = jnp.where(seen_BN, index_N, tiles).min(1)
-  end_B = jnp.where(seen_BN, index_N + 1, 0).max(1)
-  return jnp.minimum(begin_B, end_B).astype(jnp.int32), end_B.astype(jnp.int32)
+
+  def ends(seen_BN):
+    end_B = jnp.where(seen_BN, index_N + 1, 0).max(1)
+    return jnp.minimum(jnp.where(seen_BN, index_N, tiles).min(1), end_B), end_B
+
+  (begin_B, end_B), (full_B, full_end_B) = ends(any_BN), ends(all_BN)
+  return jnp.stack([begin_B, full_B, full_end_B, end_B]).astype(jnp.int32)

@@ -1,0 +1,212 @@
+"""DeepSeek-V4's attention in bfloat16, forward and backward, beside dense MLA of as many heads.
+
+A layer of V4-Flash: 64 heads of 512, a window of 128 tokens, and of every 4 tokens an entry, of
+which a query reads 512 (`csa`), or of every 128 one, all of them (`hca`). Projections, compressor
+and indexer are not part of it. `bwd` takes what the forward pass kept. `mla` is dense causal
+attention, widths 192/128, measured with 4 heads and multiplied.
+
+Operations are those of pairs of a query and a key that it sees: 4 C a pair forward, 10 C backward.
+Bytes are counted: every operand and result once, and backward what each query adds to its rows,
+written and read. A note says what keys are read, from L2 or beyond it. Errors are of the last 128
+queries and of the rows that only they see, relative to float64.
+"""
+
+# S sequence  N entries  H heads  C width  K chosen entries
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench import table, timing
+from experiments.bench.suites.grouped_matmul import LIMIT
+from moe_jax.ops import attention as dense_op
+from moe_jax.ops import sink_attention as op
+
+_KIB, _DENSE_HEADS, _CHECKED, _CHECKED_LENGTH = 1024, 4, 128, 16 * 1024
+LENGTHS = (4 * _KIB, 16 * _KIB, 64 * _KIB, 128 * _KIB)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  kind: str
+  length: int
+  heads: int = 64
+  width: int = 512
+  window: int = 128
+  chosen: int = 512
+
+  @property
+  def shape(self) -> str:
+    return f'{self.kind} S{self.length} H{self.heads}'
+
+  @property
+  def ratio(self) -> int:
+    return 4 if self.kind == 'csa' else 128
+
+  def seen(self) -> op.Spans:
+    position_1S = jnp.arange(self.length, dtype=jnp.int32)[None]
+    seen = op.spans(position_1S, jnp.ones_like(position_1S), window=self.window, ratio=self.ratio)
+    if self.kind == 'csa':
+      seen = seen._replace(entry_count_BS=jnp.minimum(seen.entry_count_BS, self.chosen))
+    return seen
+
+  def index(self) -> jax.Array | None:
+    """Distinct entries of those that a query may see: evenly spread, from a random one on."""
+    if self.kind != 'csa':
+      return None
+    visible_S1 = (jnp.arange(self.length)[:, None] + 1) // self.ratio
+    slot_K = jnp.arange(self.chosen)
+    shift_S1 = jax.random.randint(jax.random.key(1), (self.length, 1), 0, 1 << 30)
+    spread_SK = (slot_K * visible_S1 // self.chosen + shift_S1) % jnp.maximum(visible_S1, 1)
+    few_SK = jnp.minimum(slot_K, jnp.maximum(visible_S1 - 1, 0))
+    return jnp.where(visible_S1 > self.chosen, spread_SK, few_SK)[None].astype(jnp.int32)
+
+  def pairs(self) -> int:
+    position = np.arange(self.length, dtype=np.int64)
+    entries = (position + 1) // self.ratio
+    if self.kind == 'csa':
+      entries = np.minimum(entries, self.chosen)
+    return int((np.minimum(position + 1, self.window) + entries).sum())
+
+
+def run(only: str = '') -> Iterator[list[table.Row]]:
+  if jax.default_backend() != 'gpu':
+    yield run_case(Case('csa', 128, heads=2, width=16, window=8, chosen=16))
+    return
+  cases = [c for n in LENGTHS for k in ('csa', 'hca') if only in (c := Case(k, n)).shape]
+  # compiling takes longer than running
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    compiled = dict(zip(cases, pool.map(programs, cases), strict=True))
+  for case in cases:
+    yield run_case(case, compiled.pop(case))
+    if case.kind == 'csa':
+      yield dense(case)
+
+
+def operands(case: Case) -> tuple[jax.Array, ...]:
+  """q, key, entry, sink and do."""
+  keys = jax.random.split(jax.random.key(0), 5)
+  S, H, C = case.length, case.heads, case.width
+  shapes = (1, S, H, C), (1, S, C), (1, -(-S // case.ratio), C), (H,), (1, S, H, C)
+  draw = lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16)
+  q, key, entry, sink, do = map(draw, keys, shapes)
+  return q, key, entry, sink.astype(jnp.float32), do
+
+
+def programs(case: Case) -> tuple[jax.stages.Compiled, ...]:
+  """Forward, the same with what the backward pass needs, and that."""
+
+  def keep(q, key, entry, sink, seen, index):
+    call = lambda q, key, entry, sink: op.compressed_attention(
+      q, key, entry, sink, seen, index, window=case.window, scale=case.width**-0.5
+    )
+    return jax.vjp(call, q, key, entry, sink, has_aux=True)[:2]
+
+  args = jax.eval_shape(lambda: (*operands(case)[:4], case.seen(), case.index()))
+  forward = jax.jit(lambda *args: keep(*args)[0]).lower(*args).compile()
+  o, pull = jax.eval_shape(keep, *args)
+  backward = jax.jit(lambda pull, do: pull(do)).lower(pull, o).compile()
+  return forward, jax.jit(keep).lower(*args).compile(), backward
+
+
+def run_case(case: Case, compiled: tuple | None = None) -> list[table.Row]:
+  forward, keep, backward = compiled or programs(case)
+  *operand, do = operands(case)
+  args = *operand, case.seen(), case.index()
+  o, pull = keep(*args)
+  errors = check(case, args, do, o, backward(pull, do)) if case.length <= _CHECKED_LENGTH else {}
+  del o
+  pairs, C, index = case.pairs(), case.width, args[-1]
+  inputs = sum(a.nbytes for a in operand) + (0 if index is None else index.nbytes)
+  # q, do, o and dq are of one size
+  outputs, parts = do.nbytes, 2 * pairs * C * 2 * max(1, case.heads // 64)
+  gigabytes = {'fwd': inputs + outputs, 'bwd': 2 * inputs + 2 * outputs + parts}
+  rows = []
+  for work, call, at, factor in (('fwd', forward, args, 4), ('bwd', backward, (pull, do), 10)):
+    measured = timing.measure(call, [at], block=jax.block_until_ready, repeats=5)
+    rows.append(
+      table.row_of(
+        measured, amount=factor * C * case.heads * pairs, limit=LIMIT, unit='TFLOP/s', work=work,
+        by=case.kind, shape=case.shape, error=errors.get(work), gigabytes=gigabytes[work] / 1e9,
+        peak_gib=peak(call), length=case.length, note=f'{pairs * C * 2 / 1e9:.1f} GB of keys read',
+      )
+    )  # fmt: skip
+  return rows
+
+
+def dense(case: Case) -> list[table.Row]:
+  """Dense MLA of as many heads and tokens: a few heads' time, times the rest."""
+  S, times = case.length, case.heads // _DENSE_HEADS
+  keys = jax.random.split(jax.random.key(0), 4)
+  draw = lambda key, width: jax.random.normal(key, (1, S, _DENSE_HEADS, width), jnp.bfloat16)
+  q, k, v, do = (draw(key, width) for key, width in zip(keys, (192, 192, 128, 128), strict=True))
+  segment, start = jnp.zeros((1, S), jnp.int32), jnp.zeros(1, jnp.int32)
+  call = lambda q, k, v: dense_op.attention(q, k, v, segment, segment, start, scale=192**-0.5)
+  forward = jax.jit(call).lower(q, k, v).compile()
+  pull = jax.jit(lambda *qkv: jax.vjp(call, *qkv)[1])(q, k, v)
+  backward = jax.jit(lambda pull, do: pull(do)).lower(pull, do).compile()
+  pairs = S * (S + 1) // 2
+  inputs, o = q.nbytes + k.nbytes + v.nbytes, do.nbytes
+  gigabytes = {'fwd': inputs + o, 'bwd': 3 * inputs + 4 * o}
+  rows = []
+  for work, call, at, width in (
+    ('fwd', forward, (q, k, v), 640),
+    ('bwd', backward, (pull, do), 1664),
+  ):
+    measured = timing.measure(call, [at], block=jax.block_until_ready, repeats=3)
+    whole = timing.Timing(measured.median_s * times, measured.spread)
+    # a tile of 128 queries reads all keys and values before it
+    read = pairs / 128 * (192 + 128) * 2 * case.heads / 1e9
+    rows.append(
+      table.row_of(
+        whole, amount=width * pairs * case.heads, limit=LIMIT, unit='TFLOP/s', work=work, by='mla',
+        shape=f'mla S{S} H{case.heads}', gigabytes=gigabytes[work] * times / 1e9,
+        length=S, note=f'{_DENSE_HEADS} heads times {times}; {read:.0f} GB of keys read',
+      )
+    )  # fmt: skip
+  return rows
+
+
+def peak(compiled: jax.stages.Compiled) -> float | None:
+  memory = compiled.memory_analysis()
+  if memory is None:
+    return None
+  used = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
+  return sum(used) / 2**30
+
+
+def check(case: Case, args: tuple, do, got_o, got_grads) -> dict[str, float]:
+  """Relative errors of o, and the largest of dq's, dkey's and dentry's."""
+  *operand, sink, seen, index = args
+  n, scale = min(_CHECKED, case.length), case.width**-0.5
+  wide = lambda a: np.asarray(a, np.float64)
+  q, do, sink = wide(operand[0][0, -n:]), wide(do[0, -n:]), wide(sink)
+  key, entry = wide(operand[1][0]), wide(operand[2][0])
+  o, dq, dkey, dentry = (np.zeros(a.shape) for a in (q, q, key, entry))
+  first, count, entry_first, entry_count = (np.asarray(a[0, -n:]) for a in seen)
+  for t in range(n):
+    at, slot = first[t] + np.arange(count[t]), np.arange(entry_count[t])
+    names = entry_first[t] + slot if index is None else np.asarray(index[0, t - n])[slot]
+    k = np.concatenate([key[at], entry[names]])
+    s = q[t] @ k.T * scale
+    top = np.maximum(s.max(-1), sink)
+    e = np.exp(s - top[:, None])
+    p = e / (e.sum(-1) + np.exp(sink - top))[:, None]
+    o[t] = p @ k
+    ds = p * (do[t] @ k.T - (o[t] * do[t]).sum(-1)[:, None]) * scale
+    dq[t] = ds @ k
+    dk = ds.T @ q[t] + p.T @ do[t]
+    np.add.at(dkey, at, dk[: count[t]])
+    np.add.at(dentry, names, dk[count[t] :])
+  # what only these queries see
+  new = case.length // case.ratio - (case.length - n) // case.ratio
+  error = lambda a, b: float(np.linalg.norm(wide(a) - b) / max(np.linalg.norm(b), 1e-30))
+  errors = [error(got_grads[0][0, -n:], dq), error(got_grads[1][0, -n:], dkey[-n:])]
+  if new:
+    end = case.length // case.ratio
+    errors.append(error(got_grads[2][0, end - new : end], dentry[end - new : end]))
+  return {'fwd': error(got_o[0, -n:], o), 'bwd': max(errors)}
