@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax import sharding as sh
 from moe_jax.config import DSAConfig, RopeConfig
+from moe_jax.models.attention import gathered
 from moe_jax.models.attention.base import (
   Cache,
   Where,
@@ -15,9 +16,9 @@ from moe_jax.models.attention.base import (
   cached_segments,
   rope_frequencies,
 )
-from moe_jax.models.attention.latent import LatentAttention
+from moe_jax.models.attention.latent import LatentAttention, Projected, cached_attention
 from moe_jax.models.layers import LayerNorm, matmul, weight
-from moe_jax.ops.attention import latent_attention, masked_attention, visible
+from moe_jax.ops.attention import attention, latent_attention, masked_attention, visible
 from moe_jax.ops.indexer import attention_target, index_loss, index_scores, top_k_mask
 from moe_jax.ops.rope import rotate_half_split
 from moe_jax.precision import Policy
@@ -25,6 +26,8 @@ from moe_jax.precision import Policy
 # B batch  S new tokens  T cached tokens  D model  Q query latent width  R key-value latent width
 # J index heads  I index width  H heads  X key width  V value width
 
+# tokens from which the warm-up's scores of all pairs are made in chunks
+_LONG = 2048
 _EPS = 1e-6  # of the index keys' norm, in published code whatever the other norms have
 
 
@@ -77,34 +80,70 @@ class DSA(LatentAttention):
 
   @nn.compact
   def __call__(self, x_BSD: jax.Array, where: Where, cache: Cache | None):
-    c, aux = self.cfg, {}
+    c = self.cfg
     p = self.project(x_BSD, where)
     indexer = Indexer(c, self.rope, self.std, self.policy, name='indexer')
     q_BSJI, k_BTI, w_BSJ = indexer(*jax.lax.stop_gradient((x_BSD, p.q_latent_BSQ)), where)
-    if cache is not None:
-      cache = append(cache, {**p.entries, 'index_BTI': k_BTI}, where.start_B)
-      k_BTI = cache['index_BTI'].astype(x_BSD.dtype)
+    if cache is None:
+      o_BSHV, aux = self._train(p, (q_BSJI, k_BTI, w_BSJ), where)
+      return self.output(o_BSHV, p), None, aux
+    cache = append(cache, {**p.entries, 'index_BTI': k_BTI}, where.start_B)
+    latent_BTR, rope_BTC, k_BTI = (
+      cache[n].astype(x_BSD.dtype) for n in ('latent_BTR', 'rope_BTC', 'index_BTI')
+    )
+    latents = gathered.Latents(self.absorb(p), p.q_rope_BSHC, latent_BTR, rope_BTC)
+    if c.stage != 'sparse':
+      o_BSHR = cached_attention(*latents, where.start_B, scale=self.scale)
+    elif k_BTI.shape[1] > c.index_top_k and gathered.serves(*latents[:2]):
+      place_BS = jnp.broadcast_to(jnp.arange(x_BSD.shape[1]), where.segment_BS.shape)
+      end_BS = where.start_B[:, None] + place_BS.astype(jnp.int32) + 1
+      index = gathered.Index(q_BSJI, k_BTI, w_BSJ, jnp.zeros_like(end_BS), end_BS)
+      o_BSHR = gathered.attend_cache(latents, index, k=c.index_top_k, scale=self.scale)
+    else:
       ones_BS = jnp.ones_like(where.segment_BS)
       mask_BST = visible(ones_BS, cached_segments(k_BTI), where.start_B)
-    else:
-      mask_BST = visible(where.segment_BS, where.segment_BS, where.start_B)
-    score_BST = index_scores(q_BSJI, k_BTI, w_BSJ)
+      mask_BST = top_k_mask(index_scores(q_BSJI, k_BTI, w_BSJ), mask_BST, k=c.index_top_k)
+      o_BSHR = latent_attention(*latents, mask_BST, scale=self.scale)
+    return self.output(self.values(o_BSHR, p), p), cache, {}
+
+  def _train(
+    self, p: Projected, indexer: tuple[jax.Array, jax.Array, jax.Array], where: Where
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Values [B, S, H, V] and the indexer's loss."""
+    c, segment_BS = self.cfg, where.segment_BS
+    valid_BS = segment_BS > 0
+    if c.stage == 'sparse' and segment_BS.shape[1] > c.index_top_k:
+      latents = gathered.Latents(self.absorb(p), p.q_rope_BSHC, p.latent_BSR, p.rope_BSC)
+      if gathered.serves(*latents[:2]):
+        index = gathered.Index(*indexer, *gathered.ranges(segment_BS))
+        importance = valid_BS / jnp.maximum(valid_BS.sum(), 1) if c.index_loss_weight else None
+        o_BSHR, loss_B = gathered.attend(
+          latents, index, importance, k=c.index_top_k, scale=self.scale
+        )
+        return self.values(o_BSHR, p), self._aux(loss_B.sum())
+    q_BSHX, k_BSHX, v_BSHV = self.expand(p)
+    if c.stage == 'dense_warmup' and segment_BS.shape[1] > _LONG:
+      o_BSHV = attention(
+        q_BSHX, k_BSHX, v_BSHV, segment_BS, segment_BS, where.start_B, scale=self.scale
+      )
+      importance_BS = valid_BS / jnp.maximum(valid_BS.sum(), 1)
+      loss_B = gathered.warmup_loss(
+        indexer, q_BSHX, k_BSHX, segment_BS, importance_BS, scale=self.scale
+      )
+      return o_BSHV, self._aux(loss_B.sum())
+    mask_BST = visible(segment_BS, segment_BS, where.start_B)
+    score_BST = index_scores(*indexer)
     if c.stage == 'sparse':
       mask_BST = top_k_mask(score_BST, mask_BST, k=c.index_top_k)
-
-    if cache is not None:
-      latent_BTR, rope_BTC = (cache[n].astype(x_BSD.dtype) for n in ('latent_BTR', 'rope_BTC'))
-      o_BSHR = latent_attention(
-        self.absorb(p), p.q_rope_BSHC, latent_BTR, rope_BTC, mask_BST, scale=self.scale
-      )
-      return self.output(self.values(o_BSHR, p), p), cache, aux
-    q_BSHX, k_BSHX, v_BSHV = self.expand(p)
     o_BSHV = masked_attention(q_BSHX, k_BSHX, v_BSHV, mask_BST, scale=self.scale)
-    if c.index_loss_weight:
-      target_BST = attention_target(q_BSHX, k_BSHX, mask_BST, scale=self.scale)
-      loss = index_loss(target_BST, score_BST, mask_BST, where.segment_BS > 0)
-      aux['indexer_loss'] = c.index_loss_weight * loss
-    return self.output(o_BSHV, p), cache, aux
+    if not c.index_loss_weight:
+      return o_BSHV, {}
+    target_BST = attention_target(q_BSHX, k_BSHX, mask_BST, scale=self.scale)
+    return o_BSHV, self._aux(index_loss(target_BST, score_BST, mask_BST, valid_BS))
+
+  def _aux(self, loss: jax.Array) -> dict[str, jax.Array]:
+    weight = self.cfg.index_loss_weight
+    return {'indexer_loss': weight * loss} if weight else {}
 
   @staticmethod
   def empty_cache(cfg: Any, batch: int, length: int, dtype: Any) -> Cache:

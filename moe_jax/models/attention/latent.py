@@ -10,6 +10,7 @@ from moe_jax import sharding as sh
 from moe_jax.config import MLAConfig, RopeConfig
 from moe_jax.models.attention.base import Cache, Where, rope_frequencies
 from moe_jax.models.layers import RMSNorm, matmul, weight
+from moe_jax.ops.decode_attention import decode_attention
 from moe_jax.ops.rope import rotate_adjacent, yarn_softmax_factor
 from moe_jax.precision import Policy
 
@@ -119,3 +120,24 @@ class LatentAttention(nn.Module):
       'latent_BTR': jnp.zeros((batch, length, cfg.kv_rank), dtype, out_sharding=sh.STREAM),
       'rope_BTC': jnp.zeros((batch, length, cfg.d_rope), dtype, out_sharding=sh.STREAM),
     }
+
+
+def cached_attention(
+  q_BSHR: jax.Array,
+  q_rope_BSHC: jax.Array,
+  latent_BTR: jax.Array,
+  rope_BTC: jax.Array,
+  start_B: jax.Array,
+  *,
+  scale: float,
+) -> jax.Array:
+  """Weighted latents of new tokens over all of a cache's up to themselves, on each device."""
+
+  def on_device(q, q_rope, latent, rope, start):
+    return decode_attention(q, q_rope, latent, rope, start, scale=scale)
+
+  specs = sh.HEADS, sh.HEADS, sh.STREAM, sh.STREAM, sh.BY_ROW
+  operands = q_BSHR, q_rope_BSHC, latent_BTR, rope_BTC, start_B
+  return jax.shard_map(on_device, in_specs=specs, out_specs=sh.HEADS, check_vma=False)(
+    *map(jax.sharding.reshard, operands, specs)
+  )

@@ -2,13 +2,12 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config import MLAConfig
-from moe_jax.models.attention.base import Cache, Where, append, cached_segments
-from moe_jax.models.attention.latent import LatentAttention
-from moe_jax.ops.attention import attention, latent_attention, visible
+from moe_jax.models.attention.base import Cache, Where, append
+from moe_jax.models.attention.latent import LatentAttention, cached_attention
+from moe_jax.ops.attention import attention
 
 # B batch  S new tokens  T cached tokens  D model  H heads  C rope width  V value width
 # R key-value latent width  X key width
@@ -34,10 +33,8 @@ class MLA(LatentAttention):
     else:
       cache = append(cache, p.entries, where.start_B)
       latent_BTR, rope_BTC = (cache[n].astype(x_BSD.dtype) for n in ('latent_BTR', 'rope_BTC'))
-      ones_BS = jnp.ones_like(where.segment_BS)
-      visible_BST = visible(ones_BS, cached_segments(latent_BTR), where.start_B)
-      o_BSHR = latent_attention(
-        self.absorb(p), p.q_rope_BSHC, latent_BTR, rope_BTC, visible_BST, scale=self.scale
+      o_BSHR = cached_attention(
+        self.absorb(p), p.q_rope_BSHC, latent_BTR, rope_BTC, where.start_B, scale=self.scale
       )
       o_BSHV = self.values(o_BSHR, p)
     return self.output(o_BSHV, p), cache, {}

@@ -6,13 +6,14 @@ on some queries at a time, so that 128k tokens fit.
 
 from moe_jax.ops.indexer.loss import dense_index_loss, sparse_index_loss
 from moe_jax.ops.indexer.reference import attention_target, index_loss, index_scores, top_k_mask
-from moe_jax.ops.indexer.select import select_keys
+from moe_jax.ops.indexer.select import select_from_scores, select_keys
 
 __all__ = [
   'attention_target',
   'dense_index_loss',
   'index_loss',
   'index_scores',
+  'select_from_scores',
   'select_keys',
   'sparse_index_loss',
   'top_k_mask',

@@ -52,15 +52,21 @@ def dense_index_loss(
   importance_S: Float[Array, 'S'],
   *,
   scale: float,
+  head_axis: str | None = None,
 ) -> Float[Array, '']:
   """As sparse_index_loss over every key of a query's document up to itself.
 
   Against the mean of the main attention's probabilities; scores and probabilities exist for some
   queries, and one head, at a time.
+
+  Args:
+    head_axis: the mesh axis that splits the main heads, inside shard_map.
   """
   data = jax.lax.stop_gradient((main_q_SHC, main_k_SHC, segment_S, importance_S))
   return _with_gradient(
-    functools.partial(_dense_chunks, scale=scale), (q_SJI, k_SI, weight_SJ), data
+    functools.partial(_dense_chunks, scale=scale, head_axis=head_axis),
+    (q_SJI, k_SI, weight_SJ),
+    data,
   )
 
 
@@ -100,7 +106,16 @@ def _sparse_chunks(q_SJI, k_TI, weight_SJ, index_SK, count_S, target_SK, importa
 
 
 def _dense_chunks(
-  q_SJI, k_SI, weight_SJ, main_q_SHC, main_k_SHC, segment_S, importance_S, *, scale: float
+  q_SJI,
+  k_SI,
+  weight_SJ,
+  main_q_SHC,
+  main_k_SHC,
+  segment_S,
+  importance_S,
+  *,
+  scale: float,
+  head_axis: str | None,
 ):
   (S, J, I), H = q_SJI.shape, main_q_SHC.shape[1]
   size = chunk_size(S, S * J)
@@ -113,10 +128,11 @@ def _dense_chunks(
 
     def add_head(target_MS, head):
       score_MS = jnp.einsum('mc,sc->ms', *head, preferred_element_type=jnp.float32) * scale
-      return target_MS + jax.nn.softmax(jnp.where(mask_MS, score_MS, -1e30), axis=-1) / H, None
+      return target_MS + jax.nn.softmax(jnp.where(mask_MS, score_MS, -1e30), axis=-1), None
 
     heads = jnp.moveaxis(main_q, 1, 0), jnp.moveaxis(main_k_SHC, 1, 0)
     target_MS, _ = jax.lax.scan(add_head, jnp.zeros(mask_MS.shape, jnp.float32), heads)
+    target_MS = target_MS / H if head_axis is None else jax.lax.pmean(target_MS / H, head_axis)
 
     def chunk_loss(q, k, weight):
       score_MS = reference.index_scores(q[None], k[None], weight[None])[0]

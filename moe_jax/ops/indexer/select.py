@@ -73,6 +73,23 @@ def select_keys(
   return index.reshape(S, k), count_S.astype(jnp.int32)
 
 
+def select_from_scores(
+  score_BST: Float[Array, 'B S T'],
+  first_BS: Int[Array, 'B S'],
+  end_BS: Int[Array, 'B S'],
+  *,
+  k: int,
+) -> tuple[Int[Array, 'B S K'], Int[Array, 'B S']]:
+  """As select_keys, where the scores are there already."""
+  (B, S, T), k = score_BST.shape, min(k, score_BST.shape[2])
+  args = score_BST.reshape(B * S, T), first_BS.reshape(-1), end_BS.reshape(-1)
+  if jax.default_backend() == 'gpu':
+    index = triton_top_k.top_k(*args, k=k)[0]
+  else:
+    index = _xla_top_k(*args, k=k)
+  return index.reshape(B, S, k), jnp.clip(end_BS - first_BS, 0, k).astype(jnp.int32)
+
+
 def quantize(a: jax.Array) -> tuple[jax.Array, jax.Array]:
   """float8_e4m3fn with the largest of each row at its end, and the rows' scales."""
   a = a.astype(jnp.float32)

@@ -29,7 +29,9 @@ _BLOCK = 64
 _log = logging.getLogger(__name__)
 
 
-def unsupported(q_THV: jax.Array, q_rope_THC: jax.Array) -> str | None:
+def unsupported(
+  q_THV: jax.Array | jax.ShapeDtypeStruct, q_rope_THC: jax.Array | jax.ShapeDtypeStruct
+) -> str | None:
   """Why 'mosaic' cannot take these operands here, in one line, or None if it can."""
   num_heads, value_width = q_THV.shape[-2:]
   return mosaic.unsupported(q_THV.dtype, num_heads, value_width, q_rope_THC.shape[-1])
