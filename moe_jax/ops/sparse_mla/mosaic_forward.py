@@ -9,7 +9,7 @@
   values       warpgroups 0 and 1: o = o * rescale + p v, half of the 512 columns each, in registers
 
 Scores of one buffer run while values of the other do, so the tensor cores always have one of the
-two; a buffer's halves are refilled as soon as the warpgroup that reads them lets go.
+two; a buffer is refilled 128 columns at a time, as soon as the warpgroup that reads them lets go.
 
 Traffic: each block reads 1152 bytes a key, from L2 where keys are shared by queries in flight, for
 64 x 1088 x 2 operations: 121 a byte, so an L2 that delivers 4 TB/s of gathered rows allows 480
@@ -63,11 +63,11 @@ def attend(
   stored = min(HEADS, num_heads)
   gathered = keys.row.ndim == 2
   pair = not gathered and head_blocks % 2 == 0
-  half, value_tiles = V // 2, V // mg.TILE
-  half_tiles = value_tiles // 2
+  value_tiles = V // mg.TILE
   tiles = value_tiles + 1
   # 512 threads are compiled for 128 registers each, and an instruction's sums must fit in those
-  part = min(128, half)
+  part = min(128, V // 2)
+  part_tiles, parts = part // mg.TILE, V // part
   to_log2 = scale * math.log2(math.e)
   arrivals = mg.Arrivals(_BUFFERS * tiles, native and gathered)
 
@@ -96,16 +96,17 @@ def attend(
         plgpu.barrier_wait(p_full.at[slot])
         a = plgpu.load(rescale_s.at[slot], layout=_ROW)
         accs = [acc * lax.broadcast_in_dim(a, acc.shape, [0]) for acc in accs]
-        values = [latent_s.at[slot, group, :, pl.ds(c, part)] for c in range(0, half, part)]
-        accs = accumulate(accs, rope_s.at[slot], values, native=native)
-        plgpu.barrier_arrive(empty.at[slot * 2 + group])
-        return accs
+        mine = [group * (parts // 2) + n for n in range(parts // 2)]
+        release = lambda n: plgpu.barrier_arrive(empty.at[slot * parts + mine[n]])
+        values = [latent_s.at[slot, n] for n in mine]
+        return accumulate(accs, rope_s.at[slot], values, release, native=native)
 
       zeros = plgpu.layout_cast(jnp.zeros((HEADS, part), jnp.float32), plgpu.Layout.WGMMA)
-      accs = lax.fori_loop(0, num_blocks, block, [zeros] * (half // part))
+      accs = lax.fori_loop(0, num_blocks, block, [zeros] * (parts // 2))
       plgpu.barrier_wait(done)
       inverse = 1 / plgpu.load(row_s.at[0], layout=_ROW)
       # every score is made, so the queries' place is free
+      half_tiles = value_tiles // 2
       mine = [group * half_tiles + c for c in range(half_tiles)]
       for c, tile in enumerate(mine):
         n, at = divmod(c * mg.TILE, part)
@@ -137,11 +138,10 @@ def attend(
           for c in range(tiles):
             if gathered:
               arrivals.wait(loaded, slot * tiles + c, round_)
-            elif c % half_tiles == 0:
-              plgpu.barrier_wait(loaded.at[slot * 3 + c // half_tiles])
-            h, at = divmod(c * mg.TILE, half)
-            whole = rope_s.at[slot]
-            k = whole if c == value_tiles else latent_s.at[slot, h, :, pl.ds(at, mg.TILE)]
+            elif c % part_tiles == 0:
+              plgpu.barrier_wait(loaded.at[slot * (parts + 1) + c // part_tiles])
+            n, at = divmod(c * mg.TILE, part)
+            k = rope_s.at[slot] if c == value_tiles else latent_s.at[slot, n, :, pl.ds(at, mg.TILE)]
             plgpu.wgmma(acc, q_s.at[c], k.T)
           return acc[...]
 
@@ -174,21 +174,21 @@ def attend(
       arrivals.init(loaded)
       plgpu.barrier_arrive(ready)
 
-      def free(i, part):
+      def free(i, n):
         @pl.when(i >= _BUFFERS)
         def _():
-          plgpu.barrier_wait(empty.at[slot_of(i) * 2 + part])
+          plgpu.barrier_wait(empty.at[slot_of(i) * parts + n])
 
       def gather(i, held):
         slot = slot_of(i)
         # before the wait, which hides its latency
         following = mg.hold_rows(index_g, query, lax.min(i + 1, num_blocks - 1), native=native)
         for c in range(tiles):
-          h, into = divmod(c, half_tiles)
-          if into == 0 and h < 2:
-            free(i, h)
+          n, into = divmod(c, part_tiles)
+          if into == 0 and n < parts:
+            free(i, n)
           source, tile = (rope_g, 0) if c == value_tiles else (latent_g, c)
-          target = rope_s.at[slot] if c == value_tiles else latent_s.at[slot, h]
+          target = rope_s.at[slot] if c == value_tiles else latent_s.at[slot, n]
           mg.gather_tile(
             source, held, index_g, target, loaded,
             tile=tile, into=into, barrier=slot * tiles + c, native=native,
@@ -199,13 +199,14 @@ def attend(
         slot = slot_of(i)
         rows = pl.ds(pl.multiple_of(index_g[query] + i * mg.BLOCK, 8), mg.BLOCK)
         shared: Any = {'collective_axes': 'pair'} if pair else {}
-        for h in range(2):
-          free(i, h)
+        barrier = lambda n: loaded.at[slot * (parts + 1) + n]
+        for n in range(parts):
+          free(i, n)
+          columns = pl.ds(n * part, part)
           plgpu.copy_gmem_to_smem(
-            latent_g.at[rows, pl.ds(h * half, half)], latent_s.at[slot, h],
-            loaded.at[slot * 3 + h], **shared,
-          )  # fmt: skip
-        plgpu.copy_gmem_to_smem(rope_g.at[rows], rope_s.at[slot], loaded.at[slot * 3 + 2], **shared)
+            latent_g.at[rows, columns], latent_s.at[slot, n], barrier(n), **shared
+          )
+        plgpu.copy_gmem_to_smem(rope_g.at[rows], rope_s.at[slot], barrier(parts), **shared)
 
       if gathered:
         held = mg.hold_rows(index_g, query, jnp.int32(0), native=native)
@@ -216,15 +217,15 @@ def attend(
 
       # the last releases must have arrived before the block, and its barriers, may end
       def last(i, _):
-        for h in range(2):
-          plgpu.barrier_wait(empty.at[slot_of(i) * 2 + h])
+        for n in range(parts):
+          plgpu.barrier_wait(empty.at[slot_of(i) * parts + n])
 
       lax.fori_loop(lax.max(num_blocks - _BUFFERS, 0), num_blocks, last, None)
 
   tile = lambda *shape: plgpu.SMEM(shape, q_RV.dtype, transforms=mg.TRANSFORMS)
-  empty = plgpu.Barrier(num_barriers=_BUFFERS * 2)
+  empty = plgpu.Barrier(num_barriers=_BUFFERS * parts)
   if pair:
-    empty = plgpu.ClusterBarrier(collective_axes=('pair',), num_barriers=_BUFFERS * 2)
+    empty = plgpu.ClusterBarrier(collective_axes=('pair',), num_barriers=_BUFFERS * parts)
   blocks = N * head_blocks
   cluster = {'cluster': (2,), 'cluster_names': ('pair',)} if pair else {}
   launch: Callable = plgpu.kernel(
@@ -235,11 +236,11 @@ def attend(
     ),
     scratch_types=(
       tile(tiles, HEADS, mg.TILE),
-      tile(_BUFFERS, 2, mg.BLOCK, half),
+      tile(_BUFFERS, parts, mg.BLOCK, part),
       tile(_BUFFERS, mg.BLOCK, ROPE),
       plgpu.SMEM((_BUFFERS, HEADS), jnp.float32),
       plgpu.SMEM((2, HEADS), jnp.float32),
-      arrivals.scratch() if gathered else plgpu.Barrier(num_barriers=_BUFFERS * 3),
+      arrivals.scratch() if gathered else plgpu.Barrier(num_barriers=_BUFFERS * (parts + 1)),
       plgpu.Barrier(),
       plgpu.Barrier(num_arrivals=tiles),
       plgpu.Barrier(num_barriers=_BUFFERS),
@@ -257,15 +258,21 @@ def attend(
   return launch(q_RV, q_rope_RC, *keys)
 
 
-def accumulate(accs, a, bs, *, native: bool):
-  """acc + a @ b for each; all of them in flight at once."""
+def accumulate(accs, a, bs, release, *, native: bool):
+  """acc + a @ b for each, all of them in flight at once; release(n) when the n-th b is read."""
   if not native:
     # the interpreter cannot go on with values as an accumulator
-    return [acc + product(a, b, acc.shape) for acc, b in zip(accs, bs, strict=True)]
+    accs = [acc + product(a, b, acc.shape) for acc, b in zip(accs, bs, strict=True)]
+    for n in range(len(bs)):
+      release(n)
+    return accs
 
   def products(refs):
     for ref, b in zip(refs, bs, strict=True):
       plgpu.wgmma(ref, a, b)
+    for n in range(len(bs)):
+      plgpu.wgmma_wait(len(bs) - 1 - n)
+      release(n)
 
   return pl.run_state(products)([plgpu.WGMMAAccumulatorRef.init(acc) for acc in accs])
 
