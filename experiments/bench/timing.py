@@ -1,9 +1,11 @@
 """How a number is measured here: warm, from cold cache, the median of blocked repeats."""
 
+import concurrent.futures
 import dataclasses
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 
@@ -21,6 +23,22 @@ class Timing:
 def num_copies(args: Sequence[jax.Array]) -> int:
   """Copies of the inputs to go round, so that each call finds its own evicted."""
   return min(16, max(1, -(-_COLD_BYTES // max(1, sum(a.nbytes for a in args)))))
+
+
+def compile_all(calls: Iterable[tuple[Callable, tuple]]) -> list[jax.stages.Compiled]:
+  """Compiles each call for its arguments, several at a time: most of a suite's time otherwise."""
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    compiled = [pool.submit(lambda fn, a: jax.jit(fn).lower(*a).compile(), *c) for c in calls]
+    return [future.result() for future in compiled]
+
+
+def peak_gib(compiled: jax.stages.Compiled) -> float | None:
+  """Arguments, results and what is between them, as the compiler has planned them."""
+  memory = compiled.memory_analysis()
+  if memory is None:
+    return None
+  used = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
+  return sum(used) / 2**30
 
 
 def measure(

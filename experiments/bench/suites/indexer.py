@@ -1,0 +1,110 @@
+"""The lightning indexer: scores of all pairs, exact top-k of their rows, and the two together.
+
+`scores` are 2 J I operations a pair that is made. `top_k` and `select` read float32 scores once,
+which is what their bytes count; `select` makes them too. Rows by length are of that many queries
+and keys, causal, in chunks: scores never exceed 512 MiB. Errors of scores are relative to float32
+products of the same inputs; float8's are its rounding. `lax.top_k` is XLA's own, unstable one.
+"""
+
+# S queries  T keys  J index heads  I index width
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench import table, timing
+from moe_jax.ops.indexer import index_scores, mosaic_scores, select, select_keys, triton_top_k
+
+LIMIT = {'TFLOP/s': 790.0, 'GB/s': 3000.0}
+# queries, keys, heads, width, k
+BAR = (4096, 32768, 64, 128, 2048)
+LENGTHS = tuple(1024 * n for n in (4, 8, 16, 32, 64, 128))
+
+
+def run(only: str = '') -> Iterator[list[table.Row]]:
+  if jax.default_backend() != 'gpu':
+    yield by_length(64, heads=8, width=16, k=8)
+    return
+  if only in 'bar':
+    yield bar()
+  for length in LENGTHS:
+    if only in f'length {length}':
+      yield by_length(length, heads=64, width=128, k=2048)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def data(S: int, T: int, J: int, I: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  keys = jax.random.split(jax.random.key(0), 3)
+  draw = lambda key, *shape: jax.random.normal(key, shape, jnp.bfloat16)
+  weight_SJ = draw(keys[2], S, J).astype(jnp.float32) * (J * I) ** -0.5
+  return draw(keys[0], S, J, I), draw(keys[1], T, I), weight_SJ
+
+
+def bar() -> list[table.Row]:
+  S, T, J, I, k = BAR
+  q, key, weight = data(S, T, J, I)
+  first, end = jnp.zeros((S,), jnp.int32), jnp.full((S,), T, jnp.int32)
+  (q8, q_scale), (k8, k_scale) = jax.jit(lambda a, b: tuple(map(select.quantize, (a, b))))(q, key)
+  some = jnp.arange(0, S, S // 4)
+  exact = jax.jit(lambda q, k, w: index_scores(q[None], k[None], w[None])[0] * I**0.5)(
+    q[some].astype(jnp.float32), key.astype(jnp.float32), weight[some]
+  )
+  make = lambda *a: mosaic_scores.scores(*a)
+  score = jax.jit(lambda q, k, w: make(q, k, w, None, first, end))(q, key, weight)
+  calls = {
+    ('dense matmul', 'xla'): (lambda a, b: a @ b, (q.reshape(-1, 8192)[:8192],) * 2),
+    ('scores bfloat16', 'mosaic'): (make, (q, key, weight, None, first, end)),
+    ('scores float8', 'mosaic'): (make, (q8, k8, weight * q_scale, k_scale, first, end)),
+    ('top_k', 'triton'): (
+      lambda s, a, b: triton_top_k.top_k(s, a, b, k=k)[0],
+      (score, first, end),
+    ),
+    ('top_k', 'lax.top_k'): (lambda s: jax.lax.top_k(s, k, is_stable=False)[1], (score,)),
+  }
+  compiled = timing.compile_all(calls.values())
+  rows = []
+  for (work, by), call, (_, args) in zip(calls, compiled, calls.values(), strict=True):
+    top = work == 'top_k'
+    amount = 4.0 * S * T if top else 2.0 * S * T * J * I
+    if work == 'dense matmul':
+      amount = 2.0 * 8192**3
+    got, error = call(*args), None
+    if work.startswith('scores'):
+      error = float(jnp.linalg.norm(got[some] - exact) / jnp.linalg.norm(exact))
+    if (work, by) == ('top_k', 'triton'):
+      error = float(sum(_missed(score[row], got[row], k) for row in np.asarray(some)))
+    measured = timing.measure(call, [args], block=jax.block_until_ready)
+    unit = 'GB/s' if top else 'TFLOP/s'
+    names = dict(work=work, by=by, shape=f'bar S{S} T{T} J{J} I{I} k{k}', error=error)
+    rows.append(table.row_of(measured, amount=amount, limit=LIMIT[unit], unit=unit, **names))
+  return rows
+
+
+def _missed(score_T: jax.Array, place_K: jax.Array, k: int) -> int:
+  """How many of the k best, the earliest of equals, are not there."""
+  best = np.argsort(-np.asarray(score_T), kind='stable')[:k]
+  return k - np.intersect1d(best, np.asarray(place_K)).size
+
+
+def by_length(length: int, *, heads: int, width: int, k: int) -> list[table.Row]:
+  """Choice of every query's keys, causal."""
+  q, key, weight = data(length, length, heads, width)
+  first, end = jnp.zeros((length,), jnp.int32), jnp.arange(1, length + 1, dtype=jnp.int32)
+  args = q, key, weight, first, end
+  calls = [(functools.partial(select_keys, k=k, fp8=fp8), args) for fp8 in (False, True)]
+  rows = []
+  for call, dtype in zip(timing.compile_all(calls), ('bfloat16', 'float8'), strict=True):
+    measured = timing.measure(call, [args], block=jax.block_until_ready, repeats=3)
+    pairs = length * (length + 1) / 2
+    rows.append(
+      table.row_of(
+        measured, amount=2 * pairs * heads * width, limit=LIMIT['TFLOP/s'], unit='TFLOP/s',
+        work=f'select {dtype}', by='kernels' if jax.default_backend() == 'gpu' else 'xla',
+        shape=f'length S{length} J{heads} I{width} k{k}', length=length,
+        gigabytes=(8 * pairs + q.nbytes + 4 * length * k) / 1e9, peak_gib=timing.peak_gib(call),
+      )
+    )  # fmt: skip
+  return rows
