@@ -2,16 +2,14 @@
 
 A row's scores become integers of the same order. The k-th largest is found by halving the interval
 between the least and the largest, counting what is above the middle each time, until k are above or
-one integer is left; equal ones are then taken from the first. Running counts, a product with a
-triangle of ones, give each chosen place its position, so places come out in ascending order.
+one integer is left; equal ones are then taken from the first. A running count gives each chosen
+place its position, so that places come out in ascending order.
 
 Rows longer than a program's registers are cut: the k best of every piece, then the k best of these,
 which are exact and keep the order of places. Traffic: every score once.
 """
 
-# R rows  S places  K chosen  P pieces  M, W rows and columns that a piece is laid out in
-
-from typing import Any
+# R rows  S places  K chosen  P pieces
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +18,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 _PIECE = 16384
-_LEAST_PIECE = 2048
-_COLUMNS = 128
 _LOWEST = -(2**31)
 
 
@@ -40,13 +36,18 @@ def top_k(
   In ascending order of places; where there are fewer than k, the rest are place 0 and score -inf.
   """
   S = score_RS.shape[1]
-  how: Any = dict(k=k, num_warps=num_warps, interpret=interpret)
   if piece >= S:
-    size = min(piece, max(_LEAST_PIECE, 1 << (S - 1).bit_length()))
-    return _top_k_pieces(score_RS, first_R, end_R, piece=size, **how)
-  place_RX, score_RX = _top_k_pieces(score_RS, first_R, end_R, piece=piece, **how)
-  zero_R, all_R = jnp.zeros_like(first_R), jnp.full_like(end_R, score_RX.shape[1])
-  at_RK, best_RK = top_k(score_RX, zero_R, all_R, piece=max(piece, 2 * k), **how)
+    size = max(32, 1 << (S - 1).bit_length())
+    return _top_k_pieces(
+      score_RS, first_R, end_R, k=k, piece=size, num_warps=num_warps, interpret=interpret
+    )
+  place_RX, score_RX = _top_k_pieces(
+    score_RS, first_R, end_R, k=k, piece=piece, num_warps=num_warps, interpret=interpret
+  )
+  at_RK, best_RK = top_k(
+    score_RX, jnp.zeros_like(first_R), jnp.full_like(end_R, score_RX.shape[1]),
+    k=k, piece=max(piece, 2 * k), num_warps=num_warps, interpret=interpret,
+  )  # fmt: skip
   return jnp.take_along_axis(place_RX, at_RK, axis=1), best_RK
 
 
@@ -55,27 +56,22 @@ def _top_k_pieces(
 ):
   R, S = score_RS.shape
   pieces = pl.cdiv(S, piece)
-  W = min(_COLUMNS, piece // 16)
-  M = piece // W
   most = 1 << (k - 1).bit_length()
   # the interpreter writes back what a mask protects, so there it needs a place of its own
   width = k + 1 if interpret else k
 
   def kernel(score_g, first_g, end_g, place_g, best_g):
     row, part = pl.program_id(0), pl.program_id(1)
-    iota = lambda dim: lax.broadcasted_iota(jnp.int32, (M, W), dim)
-    place = part * piece + iota(0) * W + iota(1)
+    place = part * piece + jnp.arange(piece, dtype=jnp.int32)
     inside = (place >= first_g[row]) & (place < jnp.minimum(end_g[row], S))
-    rows = jnp.broadcast_to(row, (M, W))
-    score = plt.load(score_g.at[rows, place], mask=inside, other=0.0)
+    score = plt.load(score_g.at[row, pl.ds(part * piece, piece)], mask=inside, other=0.0)
     # -0 equals 0, and is the same integer
     bits = jnp.where(score == 0, 0, lax.bitcast_convert_type(score, jnp.int32))
     key = jnp.where(inside, bits ^ ((bits >> 31) & 0x7FFFFFFF), _LOWEST)
-    number = lambda marks: marks.astype(jnp.int32).sum(1).sum(0)
-    total = number(inside)
+    total = inside.astype(jnp.int32).sum()
     few = total <= k
-    low = jnp.where(few, _LOWEST, jnp.where(inside, key, 2**31 - 1).min(1).min(0))
-    high = jnp.where(few, _LOWEST, key.max(1).max(0))
+    low = jnp.where(few, _LOWEST, jnp.where(inside, key, 2**31 - 1).min())
+    high = jnp.where(few, _LOWEST, key.max())
 
     def undecided(state):
       low, high, count = state
@@ -85,7 +81,7 @@ def _top_k_pieces(
     def halve(state):
       low, high, count = state
       middle = high - ((high - low).astype(jnp.uint32) // 2).astype(jnp.int32)
-      above = number(key >= middle)
+      above = (key >= middle).astype(jnp.int32).sum()
       enough = above >= k
       return (
         jnp.where(enough, middle, low),
@@ -95,21 +91,17 @@ def _top_k_pieces(
 
     low, _, count = lax.while_loop(undecided, halve, (low, high, total))
     exact = count == k
-    above = inside & ((key > low) | (exact & (key == low)))
-    equal = inside & (key == low) & jnp.logical_not(exact)
-    room = k - number(above)
-    # two counts in one number: at most 128 of either in a row of the layout
-    one = above.astype(jnp.float32) + 256.0 * equal.astype(jnp.float32)
-    across = lambda dim: lax.broadcasted_iota(jnp.int32, (W, W), dim)
-    triangle = (across(0) <= across(1)).astype(jnp.bfloat16)
-    running = plt.dot(one.astype(jnp.bfloat16), triangle).astype(jnp.int32) - one.astype(jnp.int32)
-    in_row = above.astype(jnp.int32).sum(1) + (equal.astype(jnp.int32).sum(1) << 16)
-    before = jnp.broadcast_to((lax.cumsum(in_row) - in_row)[:, None], (M, W))
-    above_before = (running & 255) + (before & 0xFFFF)
-    equal_before = (running >> 8) + lax.shift_right_logical(before, 16)
-    chosen = above | (equal & (equal_before < room))
-    position = above_before + jnp.minimum(equal_before, room)
+    is_above = lambda: inside & ((key > low) | (exact & (key == low)))
+    is_equal = lambda: inside & (key == low) & jnp.logical_not(exact)
+    # both counts in one integer: below 2^16 and below 2^15 before any place
+    one = is_above().astype(jnp.int32) + (is_equal().astype(jnp.int32) << 16)
+    before = lax.cumsum(one) - one
+    room = k - is_above().astype(jnp.int32).sum()
+    equals_before = lax.shift_right_logical(before, 16)
+    chosen = is_above() | (is_equal() & (equals_before < room))
+    position = (before & 0xFFFF) + jnp.minimum(equals_before, room)
     at = part * width + jnp.where(chosen, position, width - 1)
+    rows = jnp.broadcast_to(row, at.shape)
     plt.store(place_g.at[rows, at], place, mask=chosen)
     # from the integer, so that the scores need no registers of their own
     bits = key ^ ((key >> 31) & 0x7FFFFFFF)
