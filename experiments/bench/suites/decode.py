@@ -9,6 +9,7 @@ Errors are relative to float32 on the same inputs.
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,11 +63,12 @@ def run_case(B: int, H: int, T: int, V: int, C: int, K: int) -> list[table.Row]:
   rows, compiled = [], timing.compile_all(calls.values())
   for (work, by), call, (_, args) in zip(calls, compiled, calls.values(), strict=True):
     places = B * (K if 'chosen' in work else T)
-    wide = tuple(a[:1].astype(jnp.float32) for a in operands)
+    wide: Any = [a[:1].astype(jnp.float32) for a in operands]
     if 'chosen' in work:
-      exact = sparse_decode_attention(*wide, place[:1], count[:1], scale=scale)
+      chosen = dict(index_BSK=place[:1], count_BS=count[:1])
+      exact = sparse_decode_attention(*wide, **chosen, scale=scale)
     else:
-      exact = dense(*wide, start[:1], implementation='reference')
+      exact = dense(*wide, start_B=start[:1], implementation='reference')
     got = call(*args)[:1].astype(jnp.float32)
     error = float(jnp.linalg.norm(got - exact) / jnp.linalg.norm(exact))
     measured = timing.measure(call, [args], block=jax.block_until_ready)

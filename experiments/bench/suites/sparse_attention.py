@@ -248,7 +248,10 @@ def run_step(case: Case) -> list[table.Row]:
   def learn(index_q, index_k, weight, q, q_rope, latent, rope, index, count, lse):
     mass = key_mass(q, q_rope, latent, rope, index, count, lse, scale=case.scale)
     share = jnp.full((T,), 1 / S)
-    call = lambda *a: sparse_index_loss(*a, index, count, mass / H, share)
+
+    def call(index_q, index_k, weight):
+      return sparse_index_loss(index_q, index_k, weight, index, count, mass / H, share)
+
     return jax.value_and_grad(call, (0, 1, 2))(index_q, index_k, weight)
 
   kept = jnp.zeros((T, H, V), do.dtype), jnp.zeros((T, H), jnp.float32)
@@ -278,7 +281,7 @@ def run_step(case: Case) -> list[table.Row]:
     rows.append(
       _step_row(work, 'sparse', measured.median_s * times, measured.spread, bytes_, S, call)
     )
-  del operands, do, kept, parts, args
+  del operands, do, kept, parts
   dense = dense_rows(S, H // ratio, timing.compile_all(dense_calls(S, H // ratio)))
   dense_s, dense_bytes = (sum(getattr(r, n) for r in dense) * ratio for n in ('ms', 'gigabytes'))
   rows.append(_step_row('all', 'sparse', total, 0.0, counted, S, None))
