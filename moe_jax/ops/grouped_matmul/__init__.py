@@ -2,13 +2,13 @@
 
   y_RF = grouped_matmul(x_RD, w_EDF, sizes_E)
 
-Backends: 'mosaic' (Hopper, bfloat16) and 'xla' (everything). reference.py is the definition.
+Backends: 'mosaic' (Hopper; bfloat16, and FP8 in fp8.py) and 'xla' (everything). reference.py is the
+definition.
 """
 
 # R rows  D in  F out  E experts
 
 import functools
-import logging
 from types import ModuleType
 
 import jax
@@ -17,12 +17,20 @@ import numpy as np
 from jax.core import Tracer
 
 from moe_jax.ops.grouped_matmul import layout, mosaic_gpu, xla
+from moe_jax.ops.grouped_matmul.choose import choose
+from moe_jax.ops.grouped_matmul.fp8 import grouped_matmul_fp8, weight_grad_fp8
 from moe_jax.ops.grouped_matmul.layout import padded_offsets
 
-__all__ = ['grouped_matmul', 'input_grad', 'padded_offsets', 'weight_grad']
+__all__ = [
+  'grouped_matmul',
+  'grouped_matmul_fp8',
+  'input_grad',
+  'padded_offsets',
+  'weight_grad',
+  'weight_grad_fp8',
+]
 
 _BACKENDS: dict[str, ModuleType] = {'mosaic': mosaic_gpu, 'xla': xla}
-_log = logging.getLogger(__name__)
 
 
 def grouped_matmul(
@@ -123,22 +131,7 @@ _grouped_matmul.defvjp(_forward, _backward)
 
 
 def _choose(implementation: str | None, x_RD: jax.Array, d: int, f: int) -> str:
-  if implementation not in (None, *_BACKENDS):
-    raise ValueError(f'implementation={implementation!r} must be None or in {sorted(_BACKENDS)}.')
-  if implementation == 'xla':
-    return 'xla'
-  problem = mosaic_gpu.unsupported(x_RD.dtype, x_RD.shape[0], d, f)
-  if problem is None:
-    return 'mosaic'
-  if implementation == 'mosaic':
-    raise NotImplementedError(f'grouped_matmul, mosaic: {problem}.')
-  _log_fallback(problem)
-  return 'xla'
-
-
-@functools.cache
-def _log_fallback(problem: str) -> None:
-  _log.info('grouped_matmul: xla instead of mosaic, which %s.', problem)
+  return choose(implementation, mosaic_gpu.unsupported(x_RD.dtype, x_RD.shape[0], d, f))
 
 
 def _check(

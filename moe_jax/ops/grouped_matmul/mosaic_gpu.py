@@ -1,11 +1,18 @@
 """Hopper backend: which shapes it takes, which tiles it uses. The kernels are in mosaic_*.py."""
 
-# R rows  D in  F out  E experts
+# R rows  D in  F out  E experts  K contracted  N columns of the result  B blocks of 128
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.ops.grouped_matmul import layout, mosaic_rows, mosaic_weights, tiles
+from moe_jax.ops.grouped_matmul import (
+  layout,
+  mosaic_rows,
+  mosaic_rows_fp8,
+  mosaic_weights,
+  mosaic_weights_fp8,
+  tiles,
+)
 
 
 def on_hopper() -> bool:
@@ -60,3 +67,54 @@ def weight_grad(
   group_E4 = mosaic_weights.plan(num_rows, offsets_E, sizes_E, tile.k)
   dw_EDF = mosaic_weights.weights_matmul(x_RD, dy_RF, group_E4, tile=tile, dtype=dtype)
   return layout.match_vma(dw_EDF, x_RD)[0]
+
+
+def unsupported_fp8(a: jnp.dtype, b: jnp.dtype) -> str | None:
+  """As `unsupported`, of two quantised operands; fp8.py has checked their shapes."""
+  if not on_hopper():
+    return f'needs a Hopper GPU (compute capability 9.0), this is {jax.devices()[0].device_kind}'
+  if a != jnp.float8_e4m3fn or b != jnp.float8_e4m3fn:
+    return f'needs float8_e4m3fn operands, got {a} and {b}'
+  return None
+
+
+def forward_fp8(
+  x_RK: jax.Array,
+  x_scale_BR: jax.Array,
+  w_ENK: jax.Array,
+  w_scale_ENB: jax.Array,
+  offsets_E: jax.Array,
+  sizes_E: jax.Array,
+  *,
+  dtype: jnp.dtype,
+  tile: tiles.Tile | None = None,
+) -> jax.Array:
+  """x[r] @ w[e].T of quantised operands."""
+  (num_rows, k), (num_experts, n) = x_RK.shape, w_ENK.shape[:2]
+  tile = tile or tiles.choose('forward_fp8', num_rows, k, n, num_experts)
+  work = mosaic_rows.plan(num_rows, offsets_E, sizes_E, tile.m)
+  y_RN = mosaic_rows_fp8.rows_matmul(
+    x_RK, x_scale_BR, w_ENK, w_scale_ENB, work, tile=tile, dtype=dtype
+  )
+  return layout.match_vma(y_RN, x_RK)[0]
+
+
+def weight_grad_fp8(
+  x_DR: jax.Array,
+  x_scale_BD: jax.Array,
+  dy_FR: jax.Array,
+  dy_scale_BF: jax.Array,
+  offsets_E: jax.Array,
+  sizes_E: jax.Array,
+  *,
+  dtype: jnp.dtype,
+  tile: tiles.Tile | None = None,
+) -> jax.Array:
+  """x[:, rows of e] @ dy[:, rows of e].T of quantised operands, for every expert e."""
+  (d, num_rows), f, num_experts = x_DR.shape, dy_FR.shape[0], sizes_E.shape[0]
+  tile = tile or tiles.choose('wgrad_fp8', num_rows, d, f, num_experts)
+  group_E2 = mosaic_weights_fp8.plan(num_rows, offsets_E, sizes_E)
+  dw_EDF = mosaic_weights_fp8.weights_matmul(
+    x_DR, x_scale_BD, dy_FR, dy_scale_BF, group_E2, tile=tile, dtype=dtype
+  )
+  return layout.match_vma(dw_EDF, x_DR)[0]

@@ -5,10 +5,10 @@ python -m experiments.bench.tune_grouped_matmul     # on the GPU; rewrites tiles
 
 # R rows  K contracted  N columns of the result  E experts
 
-import dataclasses
 import functools
 import json
 import pathlib
+from dataclasses import dataclass, replace
 
 TABLE = pathlib.Path(__file__).with_name('tiles.json')
 # what a Hopper block may have, less room for barriers and alignment
@@ -17,7 +17,7 @@ _SMEM_BYTES = 232_448 - 2_048
 _EDGE_BYTES, _WEIGHTS_BYTES = 16_384, 65_536
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Tile:
   """m x n of the result at a time, k contracted at a step, through a ring of stages."""
 
@@ -31,13 +31,22 @@ class Tile:
   strip: int = 8
 
   def fits(self, op: str) -> bool:
+    if op in FP8:
+      return replace(self, pair=1, strip=8) == _FP8
     ring = self.stages * (self.m + self.n) * self.k * 2
     staging = _WEIGHTS_BYTES if op == 'wgrad' else self.m * self.n * 2 + _EDGE_BYTES
     return ring + staging <= _SMEM_BYTES
 
 
+# mosaic_fp8.py has one shape of tile, and a choice of pairs and strips
+FP8 = ('forward_fp8', 'wgrad_fp8')
+_FP8 = Tile(m=128, n=128, k=128, stages=4)
+
+
 def candidates(op: str, n: int) -> list[Tile]:
   """Tile shapes for the autotuner to try, at one strip height."""
+  if op in FP8:
+    return [replace(_FP8, pair=pair) for pair in (1, 2)]
   shapes = [(128, 256, 3)] if n > 128 else [(128, 128, 5)]
   if op != 'wgrad':
     # wgrad has one slab of wgmma rows for each of its two warpgroups
@@ -59,7 +68,7 @@ def choose(op: str, num_rows: int, k: int, n: int, num_experts: int) -> Tile:
   """The measured tile of this very shape, or the rule."""
   if measured := _table().get(shape_key(op, num_rows, k, n, num_experts)):
     return Tile(**measured['tile'])
-  return rule(n)
+  return replace(_FP8, pair=2) if op in FP8 else rule(n)
 
 
 def rule(n: int) -> Tile:

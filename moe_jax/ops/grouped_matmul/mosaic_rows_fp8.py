@@ -1,0 +1,165 @@
+"""Hopper kernel in FP8: every expert's rows times its matrix, both e4m3 with float32 scales.
+
+  y[r, n] = sum over blocks b of 128 k:
+            (x[r, b] . w[e, n, b]) * x_scale[b, r] * w_scale[e, n/128, b]
+
+The pipeline is that of mosaic_fp8.py, the order of tiles that of mosaic_rows.py. Groups start on
+multiples of 128 rows, so no slab of 64 rows belongs to two experts, and every slab leaves whole.
+FP8 operands of wgmma must both be contiguous along K, hence w is [E, N, K].
+
+A pair of blocks has neighbouring columns; each loads half of their common x and multicasts it.
+"""
+
+# R rows  K contracted  N columns of y  E experts  B blocks of 128 along K
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from moe_jax.ops.grouped_matmul import mosaic_fp8
+from moe_jax.ops.grouped_matmul.mosaic_common import SLAB, Launch, smem_layout, strip_order
+from moe_jax.ops.grouped_matmul.mosaic_fp8 import BLOCK, ROUND
+from moe_jax.ops.grouped_matmul.mosaic_rows import Work
+from moe_jax.ops.grouped_matmul.tiles import Tile
+
+# what TMA writes starts on 128 bytes
+_TMA_FLOATS = 32
+# columns that leave at a time: all of a tile may be on their way
+_CHUNK = 64
+_BUFFERS = BLOCK // _CHUNK
+
+
+def rows_matmul(
+  x_RK: jax.Array,
+  x_scale_BR: jax.Array,
+  w_ENK: jax.Array,
+  w_scale_ENB: jax.Array,
+  work: Work,
+  *,
+  tile: Tile,
+  dtype: jnp.dtype,
+) -> jax.Array:
+  """w_scale is [E, N/128, K/128]; `work` is of tiles of 128 rows."""
+  (num_rows, k), n = x_RK.shape, w_ENK.shape[1]
+  blocks, columns = k // BLOCK, n // BLOCK
+  launch = Launch(tile.pair)
+
+  def kernel(x_g, sx_g, w_g, sw_g, tile_g, count_g, y_g, pipe, y_s):
+    group = lax.axis_index('warpgroup')
+    tile_rows = count_g[0]
+    total = tile_rows * pl.cdiv(columns, tile.pair)
+    my_tiles = launch.share(total)
+
+    def where(i):
+      """Column, then expert, base, live, own of this block's i-th tile."""
+      at = lax.min(launch.index(i), total - 1)
+      m, pair_column = strip_order(at, tile_rows, pl.cdiv(columns, tile.pair), tile.strip)
+      return launch.of_pair(pair_column), *(tile_g[m, c] for c in (0, 1, 3, 4))
+
+    blocks_of = lambda live: jnp.where(live > 0, blocks, 0).astype(jnp.int32)
+
+    @pl.when(group < 2)
+    def _():
+      plgpu.set_max_registers(232, action='increase')
+      first = group * SLAB
+      zeros = lambda: plgpu.layout_cast(jnp.zeros((SLAB, BLOCK), jnp.float32), plgpu.Layout.WGMMA)
+
+      def promote(sums, product, slot, block):
+        x_scale = plgpu.load(
+          pipe.scales_s['x'].at[slot, block, pl.ds(first, SLAB)],
+          layout=plgpu.Layout.WGMMA.reduce(1),
+        )
+        scale = x_scale * pipe.scales_s['w'][slot, block]
+        return sums + product * lax.broadcast_in_dim(scale, product.shape, [0])
+
+      def multiply(i, carry):
+        done, (column, _, base, live, own) = carry
+        # before the products, which hide the latency of these loads and divisions
+        upcoming = where(i + 1)
+        todo = blocks_of(live)
+        # the last column of a pair may not exist
+        mine = (column < columns) & (live > first)
+
+        @pl.when(mine)
+        def _():
+          sums = mosaic_fp8.contract(pipe, done, todo, zeros(), promote, overlap=True)
+          store(sums, base, column, live, own)
+
+        @pl.when(jnp.logical_not(mine))
+        def _():
+          mosaic_fp8.pass_by(pipe, done, todo)
+          pl.when(column < columns)(lambda: store(zeros(), base, column, live, own))
+
+        return done.after(todo), upcoming
+
+      def store(y, base, column, live, own):
+        """Rows before `live` as they are, those before `own` as zeros, others not at all."""
+
+        def send(y):
+          for i, c in enumerate(range(0, BLOCK, _CHUNK)):
+            buffer = y_s.at[group, i % _BUFFERS]
+            plgpu.wait_smem_to_gmem(min(i, _BUFFERS - 1), wait_read_only=True)
+            buffer[...] = y[:, c : c + _CHUNK].astype(dtype)
+            plgpu.commit_smem()
+            # past row R, TMA drops what it is given
+            at_row = pl.ds(pl.multiple_of(base + first, SLAB), SLAB)
+            plgpu.copy_smem_to_gmem(buffer, y_g.at[at_row, pl.ds(column * BLOCK + c, _CHUNK)])
+
+        pl.when((first < own) & (live >= first + SLAB))(lambda: send(y))
+
+        @pl.when((first < own) & (live < first + SLAB))
+        def _():
+          index = plgpu.broadcasted_iota(jnp.int32, (SLAB,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+          real = (index < live - first).astype(jnp.float32)
+          # a select: a row of nobody may have come out as NaN
+          send(jnp.where(lax.broadcast_in_dim(real, y.shape, [0]) > 0, y, 0))
+
+      lax.fori_loop(0, my_tiles, multiply, (mosaic_fp8.start(), where(jnp.int32(0))))
+      plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(group == 2)
+    def _():
+      plgpu.set_max_registers(40, action='decrease')
+
+      def load(i, done):
+        column, expert, base, live, _ = where(i)
+        at_m = pl.ds(pl.multiple_of(base, BLOCK), BLOCK)
+        at_n = pl.ds(column * BLOCK, BLOCK)
+        shared: Any = {'collective_axes': launch.multicast}
+
+        # past row R, column N or K, TMA writes zeros and moves nothing
+        def copy_block(block, slot, ready):
+          at_k = pl.ds(block * BLOCK, BLOCK)
+          plgpu.copy_gmem_to_smem(x_g.at[at_m, at_k], pipe.a_s.at[slot], ready, **shared)
+          plgpu.copy_gmem_to_smem(w_g.at[expert, at_n, at_k], pipe.b_s.at[slot], ready)
+
+        def copy_scales(block, slot, ready):
+          of_x = sx_g.at[pl.ds(block, ROUND), at_m]
+          of_w = sw_g.at[pl.ds((expert * columns + column) * blocks + block, _TMA_FLOATS)]
+          plgpu.copy_gmem_to_smem(of_x, pipe.scales_s['x'].at[slot], ready, **shared)
+          plgpu.copy_gmem_to_smem(of_w, pipe.scales_s['w'].at[slot], ready)
+
+        mosaic_fp8.load(pipe, done, blocks_of(live), copy_block, copy_scales)
+        return done.after(blocks_of(live))
+
+      mosaic_fp8.drain(pipe, lax.fori_loop(0, my_tiles, load, mosaic_fp8.start()))
+
+  scales = {
+    'x': plgpu.SMEM((2, ROUND, BLOCK), jnp.float32),
+    'w': plgpu.SMEM((2, _TMA_FLOATS), jnp.float32),
+  }
+  return launch.kernel(
+    kernel,
+    out_type=jax.ShapeDtypeStruct((num_rows, n), dtype),
+    scratch_types=(
+      mosaic_fp8.scratch(launch, x_RK.dtype, scales),
+      plgpu.SMEM(
+        (2, _BUFFERS, SLAB, _CHUNK), dtype, transforms=smem_layout(_CHUNK, dtype.itemsize)
+      ),
+    ),
+    name='grouped_matmul_fp8',
+  )(x_RK, x_scale_BR, w_ENK, w_scale_ENB.reshape(-1), *work)
