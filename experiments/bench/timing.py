@@ -22,7 +22,7 @@ class Timing:
 
 def num_copies(args: Sequence[jax.Array]) -> int:
   """Copies of the inputs to go round, so that each call finds its own evicted."""
-  return min(16, max(1, -(-_COLD_BYTES // max(1, sum(a.nbytes for a in args)))))
+  return min(16, max(1, -(-_COLD_BYTES // max(1, sum(a.nbytes for a in jax.tree.leaves(args))))))
 
 
 def compile_all(calls: Iterable[tuple[Callable, tuple]]) -> list[jax.stages.Compiled]:

@@ -129,3 +129,24 @@ def test_bad_input_is_one_clear_line():
     weight_grad_fp8(Quantized(x_t.values[:5], x_t.scale[:, :5]), dy_t, sizes_E)
   with pytest.raises(NotImplementedError, match='needs a Hopper GPU'):
     grouped_matmul_fp8(x, w, sizes_E, implementation='mosaic')
+
+
+@pytest.mark.slow
+def test_kernels_add_into_an_array(interpreter):
+  check_into('mosaic', jnp.bfloat16)
+
+
+def test_xla_adds_into_an_array():
+  check_into('xla', jnp.float32)
+
+
+def check_into(implementation, dtype):
+  spec = SPECS[1]
+  _, (x, dy), sizes_E, _ = operands(spec)
+  call = jax.jit(partial(weight_grad_fp8, dtype=jnp.float32, implementation=implementation))
+  old = jnp.full((len(spec.sizes), spec.d, spec.f), 1000, dtype)
+  add: Any = partial(weight_grad_fp8, dtype=dtype, implementation=implementation)
+  got = jax.jit(lambda old: add(x, dy, sizes_E, into=old))(old)
+  # the backends add in different orders
+  want = call(x, dy, sizes_E) + 1000
+  np.testing.assert_allclose(got.astype(jnp.float32), want.astype(dtype), rtol=2**-7, atol=0.5)

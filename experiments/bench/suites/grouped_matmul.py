@@ -1,4 +1,4 @@
-"""Grouped matmul in bfloat16: forward, gradient in x (dgrad), gradient in w (wgrad).
+"""Grouped matmul: forward, gradient in x (dgrad), gradient in w (wgrad); FP8 in grouped_fp8.py.
 
 Each shape runs with uneven group sizes, as a router in training gives, with even and with Zipf
 ones. `dense` is XLA's plain matmul of as many operations with one matrix: the ceiling. `torch` is
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import table, timing
+from experiments.bench.suites import grouped_fp8
 from moe_jax.ops.grouped_matmul import grouped_matmul, layout, mosaic_gpu, weight_grad, xla
 from moe_jax.ops.grouped_matmul.specs import LARGE, SIZES, Spec, even
 
@@ -28,6 +29,7 @@ def run(only: str = '') -> Iterator[list[table.Row]]:
   for spec, label in cases():
     if only in spec.name:
       yield run_case(spec, label)
+  yield from grouped_fp8.run(only)
 
 
 def cases() -> Iterator[tuple[Spec, str]]:
@@ -36,6 +38,8 @@ def cases() -> Iterator[tuple[Spec, str]]:
     return
   for spec in LARGE:
     for label, sizes in SIZES.items():
+      if (spec.name, label) == ('v3_narrow', 'zipf'):
+        continue
       yield dataclasses.replace(spec, sizes=sizes(spec.rows, len(spec.sizes))), label
 
 
@@ -92,6 +96,8 @@ def run_case(spec: Spec, label: str) -> list[table.Row]:
     add('fwd', by, use(forward, implementation=by), x, w, sizes, exact=check_rows(spec, x, w))
     transposed = check_rows(spec, dy, w, transpose_w=True)
     add('dgrad', by, use(dgrad, implementation=by), dy, w, sizes, exact=transposed)
+    if by == 'xla' and on_gpu:
+      continue
     for dtype in ('bfloat16', 'float32'):
       fn = use(wgrad, implementation=by, dtype=dtype)
       add(f'wgrad {dtype}', by, fn, x, dy, sizes, exact=check_weights(spec, x, dy))

@@ -91,18 +91,26 @@ def weight_grad(
   *,
   offsets_E: jax.Array | None = None,
   dtype: jax.typing.DTypeLike = jnp.float32,
+  into: jax.Array | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
-  """The gradient of grouped_matmul in its weights, [E, D, F], rounded once, to `dtype`."""
+  """The gradient of grouped_matmul in its weights, [E, D, F], rounded once, to `dtype`.
+
+  into: an array [E, D, F] of `dtype` to add the gradient to; the sum is rounded once. Donated or
+    made under the same jit, it is updated in place.
+  """
   if x_RD.shape[0] != dy_RF.shape[0] or x_RD.dtype != dy_RF.dtype:
     raise ValueError(
       f'x {x_RD.dtype}{x_RD.shape} and dy {dy_RF.dtype}{dy_RF.shape} must agree in rows and dtype.'
     )
   if offsets_E is None:
     offsets_E = layout.compact_offsets(sizes_E)
-  backend = _choose(implementation, x_RD, x_RD.shape[1], dy_RF.shape[1])
-  args = layout.match_vma(x_RD, dy_RF, offsets_E, sizes_E)
-  return _BACKENDS[backend].weight_grad(*args, dtype=jnp.dtype(dtype))
+  shape = (*sizes_E.shape, x_RD.shape[1], dy_RF.shape[1])
+  layout.check_into(into, shape, dtype)
+  backend = _choose(implementation, x_RD, *shape[1:])
+  x_RD, dy_RF, *groups = layout.match_vma(x_RD, dy_RF, offsets_E, sizes_E)
+  ops = _BACKENDS[backend]
+  return ops.weight_grad(x_RD, dy_RF, *groups, dtype=jnp.dtype(dtype), into_EDF=into)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

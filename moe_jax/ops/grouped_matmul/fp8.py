@@ -70,6 +70,7 @@ def weight_grad_fp8(
   *,
   offsets_E: jax.Array | None = None,
   dtype: jax.typing.DTypeLike = jnp.float32,
+  into: jax.Array | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
   """dw[e] = x[rows of e].T @ dy[rows of e], [E, D, F]; exact zeros for an expert without rows.
@@ -79,6 +80,7 @@ def weight_grad_fp8(
       and finite in both.
     dy: quantised columns, [F, R] with scale [R/128, F].
     dtype: of dw, which is rounded once.
+    into: an array like dw to add it to, as in `weight_grad`.
     sizes_E, offsets_E, implementation: as in `grouped_matmul_fp8`.
   """
   if x.values.ndim != 2 or dy.values.ndim != 2 or x.values.shape[1] != dy.values.shape[1]:
@@ -87,11 +89,12 @@ def weight_grad_fp8(
   _check_scale('x', x, (d, num_rows), (num_rows // TILE, d))
   _check_scale('dy', dy, (f, num_rows), (num_rows // TILE, f))
   offsets_E = _check_groups(num_rows, sizes_E.shape[0], sizes_E, offsets_E)
+  layout.check_into(into, (*sizes_E.shape, d, f), dtype)
   args = layout.match_vma(*x, *dy, offsets_E, sizes_E)
   if choose(implementation, mosaic_gpu.unsupported_fp8(x.values.dtype, dy.values.dtype)) == 'xla':
     x_RD, dy_RF = (dequantize_rows(Quantized(*q)).T for q in (args[:2], args[2:4]))
-    return xla.weight_grad(x_RD, dy_RF, *args[4:], dtype=jnp.dtype(dtype))
-  return mosaic_gpu.weight_grad_fp8(*args, dtype=jnp.dtype(dtype))
+    return xla.weight_grad(x_RD, dy_RF, *args[4:], dtype=jnp.dtype(dtype), into_EDF=into)
+  return mosaic_gpu.weight_grad_fp8(*args, dtype=jnp.dtype(dtype), into_EDF=into)
 
 
 def _check_scale(name: str, q: Quantized, shape: tuple, scale_shape: tuple) -> None:

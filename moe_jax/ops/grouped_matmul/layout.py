@@ -32,3 +32,11 @@ def expert_of_row(num_rows: int, offsets_E: jax.Array) -> jax.Array:
   # an empty expert shares its offset with its successor, and the last of equals is the owner
   owner_R = jnp.searchsorted(offsets_E, row_R, side='right', method='compare_all') - 1
   return jnp.maximum(owner_R, 0)
+
+
+def check_into(into: jax.Array | None, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> None:
+  """What a gradient is added to must look like the gradient."""
+  if into is not None and (into.shape != shape or into.dtype != dtype):
+    raise ValueError(
+      f'into is {into.dtype}{into.shape}, must be {jnp.dtype(dtype)}{shape} as the gradient is.'
+    )

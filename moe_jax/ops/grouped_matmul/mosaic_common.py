@@ -62,11 +62,14 @@ class Launch:
       )
     return plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=num_barriers)
 
-  def kernel(self, body: Callable, *, out_type, scratch_types, name: str) -> Callable:
+  def kernel(
+    self, body: Callable, *, out_type, scratch_types, name: str, into: jax.Array | None = None
+  ) -> Callable:
+    """With `into` the kernel updates that array, in place where nobody else holds it."""
     cluster = {'cluster': (2,), 'cluster_names': ('pair',)} if self.pair > 1 else {}
-    return plgpu.kernel(
+    call = plgpu.kernel(
       body,
-      out_type=out_type,
+      out_type=out_type if into is None else (),
       scratch_types=scratch_types,
       grid=(self._units,),
       grid_names=('sm',),
@@ -76,6 +79,15 @@ class Launch:
       compiler_params=plgpu.CompilerParams(approx_math=True),
       **cluster,
     )
+    if into is None:
+      return call
+
+    def update(*args: jax.Array) -> jax.Array:
+      ref = jax.new_ref(into)
+      call(*args, ref)
+      return jax.freeze(ref)
+
+    return update
 
 
 def smem_layout(columns: int, itemsize: int = 2) -> tuple:

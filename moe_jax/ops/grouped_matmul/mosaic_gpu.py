@@ -59,13 +59,16 @@ def weight_grad(
   sizes_E: jax.Array,
   *,
   dtype: jnp.dtype,
+  into_EDF: jax.Array | None = None,
   tile: tiles.Tile | None = None,
 ) -> jax.Array:
   """As xla.weight_grad. `dtype` is float32 or bfloat16."""
   (num_rows, d), f, num_experts = x_RD.shape, dy_RF.shape[1], sizes_E.shape[0]
   tile = tile or tiles.choose('wgrad', num_rows, d, f, num_experts)
   group_E4 = mosaic_weights.plan(num_rows, offsets_E, sizes_E, tile.k)
-  dw_EDF = mosaic_weights.weights_matmul(x_RD, dy_RF, group_E4, tile=tile, dtype=dtype)
+  dw_EDF = mosaic_weights.weights_matmul(
+    x_RD, dy_RF, group_E4, tile=tile, dtype=dtype, into_EDF=into_EDF
+  )
   return layout.match_vma(dw_EDF, x_RD)[0]
 
 
@@ -108,6 +111,7 @@ def weight_grad_fp8(
   sizes_E: jax.Array,
   *,
   dtype: jnp.dtype,
+  into_EDF: jax.Array | None = None,
   tile: tiles.Tile | None = None,
 ) -> jax.Array:
   """x[:, rows of e] @ dy[:, rows of e].T of quantised operands, for every expert e."""
@@ -115,6 +119,6 @@ def weight_grad_fp8(
   tile = tile or tiles.choose('wgrad_fp8', num_rows, d, f, num_experts)
   group_E2 = mosaic_weights_fp8.plan(num_rows, offsets_E, sizes_E)
   dw_EDF = mosaic_weights_fp8.weights_matmul(
-    x_DR, x_scale_BD, dy_FR, dy_scale_BF, group_E2, tile=tile, dtype=dtype
+    x_DR, x_scale_BD, dy_FR, dy_scale_BF, group_E2, tile=tile, dtype=dtype, into_EDF=into_EDF
   )
   return layout.match_vma(dw_EDF, x_DR)[0]

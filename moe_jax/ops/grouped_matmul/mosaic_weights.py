@@ -47,8 +47,15 @@ def plan(num_rows: int, offsets_E: jax.Array, sizes_E: jax.Array, tile_k: int) -
 
 
 def weights_matmul(
-  x_RD: jax.Array, dy_RF: jax.Array, group_E4: jax.Array, *, tile: Tile, dtype: jnp.dtype
+  x_RD: jax.Array,
+  dy_RF: jax.Array,
+  group_E4: jax.Array,
+  *,
+  tile: Tile,
+  dtype: jnp.dtype,
+  into_EDF: jax.Array | None = None,
 ) -> jax.Array:
+  """`into` is what to add to, of `dtype`; written in place where nobody else holds it."""
   (_, d), f, num_experts = x_RD.shape, dy_RF.shape[1], group_E4.shape[0]
   # the unit of work is a pair of tiles, one above the other, with dy in common
   unit_rows, full_f, rest_f = pl.cdiv(d, tile.m * tile.pair), f // tile.n, f % tile.n
@@ -82,6 +89,22 @@ def weights_matmul(
         index = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA)
         ref[:, columns_at] = jnp.where((index >= lo) & (index < hi), part, jnp.zeros_like(part))
         plgpu.commit_smem()
+
+      def store(total, row, column, expert):
+        @pl.when(row < d)
+        def _():
+          for i, c in enumerate(range(0, total.shape[1], chunk)):
+            part = total[:, c : c + chunk]
+            if into_EDF is not None:
+              own = dw_g.at[expert, pl.ds(row, SLAB), pl.ds(column + c, part.shape[1])]
+              before = plgpu.load(own, layout=plgpu.Layout.WGMMA, optimized=False)
+              part = part + before.astype(jnp.float32)
+            plgpu.wait_smem_to_gmem(min(i, 1), wait_read_only=True)
+            dw_s[group, i % 2, :, : part.shape[1]] = part.astype(dtype)
+            plgpu.commit_smem()
+            # past column F, TMA drops what it is given
+            at = pl.ds(row, SLAB), pl.ds(column + c, chunk)
+            plgpu.copy_smem_to_gmem(dw_s.at[group, i % 2], dw_g.at[expert, *at])
 
       def multiply(i, carry):
         done, (row, column, expert, _, lo, end, dirty) = carry
@@ -126,15 +149,7 @@ def weights_matmul(
             return total
 
           total = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((SLAB, width), jnp.float32))
-          at_row = pl.ds(row * tile.m + group * SLAB, SLAB)
-          for c in range(pl.cdiv(width, chunk)):
-            plgpu.wait_smem_to_gmem(min(c, 1), wait_read_only=True)
-            part = total[:, c * chunk : (c + 1) * chunk].astype(dtype)
-            dw_s[group, c % 2, :, : part.shape[1]] = part
-            plgpu.commit_smem()
-            # past row D or column F, TMA drops what it is given
-            at_column = pl.ds(column * tile.n + c * chunk, chunk)
-            plgpu.copy_smem_to_gmem(dw_s.at[group, c % 2], dw_g.at[expert, at_row, at_column])
+          store(total, row * tile.m + group * SLAB, column * tile.n, expert)
 
         if full_f:
           pl.when(column < full_f)(lambda: one_width(tile.n))
@@ -189,4 +204,5 @@ def weights_matmul(
       plgpu.Barrier(num_arrivals=2),
     ),
     name='grouped_matmul_wgrad',
+    into=into_EDF,
   )(x_RD, dy_RF, group_E4)

@@ -29,8 +29,6 @@ from moe_jax.ops.grouped_matmul.tiles import Tile
 
 # columns promoted and stored at a time, which keeps few of their scales in registers
 _CHUNK = 32
-# all of a tile may be on its way
-_BUFFERS = BLOCK // _CHUNK
 
 
 def plan(num_rows: int, offsets_E: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -49,7 +47,9 @@ def weights_matmul(
   *,
   tile: Tile,
   dtype: jnp.dtype,
+  into_EDF: jax.Array | None = None,
 ) -> jax.Array:
+  """`into` is what to add to, of `dtype`; written in place where nobody else holds it."""
   d, f, num_experts = x_DR.shape[0], dy_FR.shape[0], group_E2.shape[0]
   # the unit of work is a pair of tiles, one above the other, with dy in common
   unit_rows, columns = pl.cdiv(d, BLOCK * tile.pair), f // BLOCK
@@ -88,6 +88,20 @@ def weights_matmul(
           new.append(total + part * lax.broadcast_in_dim(y_scale, part.shape, [1]))
         return new
 
+      def store(sums, expert, row, column):
+        for i, (c, total) in enumerate(zip(chunks, sums, strict=True)):
+          to = dw_g.at[expert, pl.ds(row, SLAB), pl.ds(column + c, _CHUNK)]
+          if into_EDF is not None:
+            before = plgpu.load(to, layout=plgpu.Layout.WGMMA, optimized=False)
+            total = total + before.astype(jnp.float32)
+          buffer = dw_s.at[group, i]
+          if i == 0:
+            # all of the last tile, of which every piece has a buffer
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+          buffer[...] = total.astype(dtype)
+          plgpu.commit_smem()
+          plgpu.copy_smem_to_gmem(buffer, to)
+
       def multiply(i, carry):
         done, (row, column, expert, _, blocks) = carry
         # before the products, which hide the latency of these loads and divisions
@@ -96,14 +110,9 @@ def weights_matmul(
         sums = mosaic_fp8.contract(
           pipe, done, blocks, [zeros for _ in chunks], promote, overlap=False
         )
-        for i, (c, total) in enumerate(zip(chunks, sums, strict=True)):
-          buffer = dw_s.at[group, i % _BUFFERS]
-          plgpu.wait_smem_to_gmem(min(i, _BUFFERS - 1), wait_read_only=True)
-          buffer[...] = total.astype(dtype)
-          plgpu.commit_smem()
-          # past row D, TMA drops what it is given
-          at = pl.ds(row * BLOCK + group * SLAB, SLAB), pl.ds(column * BLOCK + c, _CHUNK)
-          plgpu.copy_smem_to_gmem(buffer, dw_g.at[expert, *at])
+        first = row * BLOCK + group * SLAB
+        # the last tile of a pair may not exist
+        pl.when(first < d)(lambda: store(sums, expert, first, column * BLOCK))
         return done.after(blocks), upcoming
 
       lax.fori_loop(0, my_tiles, multiply, (mosaic_fp8.start(), where(jnp.int32(0))))
@@ -141,8 +150,9 @@ def weights_matmul(
     scratch_types=(
       mosaic_fp8.scratch(launch, x_DR.dtype, scales),
       plgpu.SMEM(
-        (2, _BUFFERS, SLAB, _CHUNK), dtype, transforms=smem_layout(_CHUNK, dtype.itemsize)
+        (2, BLOCK // _CHUNK, SLAB, _CHUNK), dtype, transforms=smem_layout(_CHUNK, dtype.itemsize)
       ),
     ),
     name='grouped_matmul_wgrad_fp8',
+    into=into_EDF,
   )(x_DR, x_scale_BD, dy_FR, dy_scale_BF, group_E2)

@@ -87,4 +87,12 @@ LARGE = (
   Spec(name='v3_slice', rows=65536, d=7168, f=2048, sizes=even(65536, 32)),
   Spec(name='v3_narrow', rows=131072, d=7168, f=1024, sizes=even(131072, 256)),
 )
+# FP8, on groups that are multiples of 128 rows: DeepGEMM's two grouped forward passes, the linear
+# of torchao's figures, and DeepGEMM's gradient in the weights
+LARGE_FP8 = (
+  Spec(name='fp8_deepgemm_up', rows=32768, d=7168, f=4096, sizes=even(32768, 8)),
+  Spec(name='fp8_deepgemm_down', rows=32768, d=2048, f=7168, sizes=even(32768, 8)),
+  Spec(name='fp8_linear', rows=32768, d=7168, f=2048, sizes=even(32768, 8)),
+  Spec(name='fp8_deepgemm_wgrad', rows=32768, d=7168, f=4096, sizes=even(32768, 4)),
+)
 SIZES = {'uneven': uneven, 'even': even, 'zipf': zipf}

@@ -94,9 +94,17 @@ def forward(
 
 
 def weight_grad(
-  x_RD: jax.Array, dy_RF: jax.Array, offsets_E: jax.Array, sizes_E: jax.Array, *, dtype: jnp.dtype
+  x_RD: jax.Array,
+  dy_RF: jax.Array,
+  offsets_E: jax.Array,
+  sizes_E: jax.Array,
+  *,
+  dtype: jnp.dtype,
+  into_EDF: jax.Array | None = None,
 ) -> jax.Array:
   """x[rows of e].T @ dy[rows of e] for every expert; exact zeros for an empty one.
+
+  `into` is added to.
 
   Blocks add into their expert one after the other: as fast as any parallel form measured on CPU
   (3.0 ms where a one-hot contraction of per-block products takes 3.4), and no per-block product
@@ -115,6 +123,7 @@ def weight_grad(
     )
     return dw_EDF.at[expert].add(part_DF), None
 
-  zero_EDF = jnp.zeros((num_experts, x_RD.shape[1], dy_RF.shape[1]), jnp.float32)
-  zero_EDF, _ = layout.match_vma(zero_EDF, x_RD)
-  return jax.lax.scan(add, zero_EDF, blocks)[0].astype(dtype)
+  if into_EDF is None:
+    into_EDF = jnp.zeros((num_experts, x_RD.shape[1], dy_RF.shape[1]), jnp.float32)
+  start_EDF, _ = layout.match_vma(into_EDF.astype(jnp.float32), x_RD)
+  return jax.lax.scan(add, start_EDF, blocks)[0].astype(dtype)
