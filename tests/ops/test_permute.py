@@ -205,10 +205,19 @@ def test_triton_spreads_tokens_as_indexing_does(name, dtype):
   plan = make(destination_TK)[0]
   x_TD = jax.random.normal(jax.random.key(0), (len(destination_TK), 136)).astype(dtype)
   found, expected = (
-    m.spread_rows(x_TD, plan.token_R, plan.row_TK)[: plan.size_E.sum()].astype(jnp.float32)
+    m.spread_rows(x_TD, plan, multiple=1)[: plan.size_E.sum()].astype(jnp.float32)
     for m in (triton, reference)
   )
   np.testing.assert_array_equal(found, expected)
+
+
+def test_triton_writes_zeros_into_the_gaps_behind_groups():
+  options = dict(num_destinations=E, num_rows=padded_rows(T * K, E, 16), multiple=16)
+  plan = sort_by_destination(jnp.asarray(choices('one_without_tokens'), jnp.int32), **options)
+  x_TD = jax.random.normal(jax.random.key(0), (T, 136))
+  found, expected = (m.spread_rows(x_TD, plan, multiple=16) for m in (triton, reference))
+  end = int((plan.offset_E + plan.size_E).max() + 15) // 16 * 16
+  np.testing.assert_array_equal(found[:end], expected[:end])
 
 
 def test_a_named_implementation_that_cannot_run_says_why():

@@ -11,6 +11,7 @@ from moe_jax.ops.swiglu import triton
 
 # R rows  F width of gate and of up
 R, F = 128, 256
+FORMATS = (qz.Format(),) * 3
 LIMITS = pytest.mark.parametrize('limit', [0.0, 0.7], ids=['free', 'clamped'])
 
 
@@ -47,8 +48,8 @@ def test_triton_quantises_swiglu_as_the_plain_quantiser_does(limit):
 @LIMITS
 def test_triton_quantises_the_gradient_as_the_plain_quantisers_do(limit):
   da, h, weight = operands(jnp.bfloat16)
-  *found, dweight = triton.backward_quantized(da, h, weight, qz.Format(), limit=limit)
-  *expected, exact = sg.swiglu_backward_quantized(da, h, weight, qz.Format(), limit=limit)
+  *found, dweight = triton.backward_quantized(da, h, weight, FORMATS, limit=limit)
+  *expected, exact = sg.swiglu_backward_quantized(da, h, weight, FORMATS, limit=limit)
   for a, b in zip(found, expected, strict=True):
     check(a, b)
   np.testing.assert_allclose(dweight, exact, rtol=1e-5, atol=1e-4)
@@ -73,4 +74,4 @@ def test_bad_widths_are_named():
     sg.swiglu_rows(jnp.zeros((8, 400)), qz.Format())
   with pytest.raises(ValueError, match='100 rows must be a multiple of 128'):
     a = jnp.zeros((100, 256))
-    sg.swiglu_backward_quantized(a[:, :128], a, a[:, 0], qz.Format())
+    sg.swiglu_backward_quantized(a[:, :128], a, a[:, 0], FORMATS)

@@ -5,7 +5,6 @@ from run to run. A destination is an expert, or a device on the way to one.
 """
 
 from types import ModuleType
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_jax.ops import pallas_triton
 from moe_jax.ops.grouped_matmul import padded_offsets
 from moe_jax.ops.permute import reference, triton
+from moe_jax.ops.permute.plan import Plan
 from moe_jax.ops.permute.reference import gather_rows, sum_rows
 
 __all__ = [
@@ -31,28 +31,6 @@ __all__ = [
 # T tokens  D width  K choices a token  R rows  E destinations
 
 _BACKENDS: dict[str, ModuleType] = {'triton': triton, 'xla': reference}
-
-
-class Plan(NamedTuple):
-  """Where every choice of every token goes. R is static; some rows may stay unused."""
-
-  choice_R: Int[Array, 'R']  # t * K + k of the choice that fills each row; T * K for unused rows
-  row_TK: Int[Array, 'T K']  # the row of each choice; R for a choice that goes nowhere
-  size_E: Int[Array, 'E']  # rows of each destination
-  offset_E: Int[Array, 'E']  # first row of each destination
-
-  @property
-  def token_R(self) -> Int[Array, 'R']:
-    """The token that fills each row; T for unused rows."""
-    return self.choice_R // self.row_TK.shape[1]
-
-  def by_row(self, a_TK: Float[Array, 'T K']) -> Float[Array, 'R']:
-    """A number of each choice, such as its weight, in row order; 0 in unused rows."""
-    return a_TK.reshape(-1).at[self.choice_R].get(mode='fill', fill_value=0)
-
-  def by_choice(self, a_R: Float[Array, 'R']) -> Float[Array, 'T K']:
-    """The way back; 0 for a choice that goes nowhere."""
-    return a_R.at[self.row_TK].get(mode='fill', fill_value=0)
 
 
 def padded_rows(num_choices: int, num_destinations: int, multiple: int) -> int:
@@ -106,11 +84,16 @@ def _plan(row_TK: Array, num_rows: int, size_E: Array, offset_E: Array) -> Plan:
 
 
 def spread_rows(
-  x_TD: Float[Array, 'T D'], plan: Plan, *, implementation: str | None = None
+  x_TD: Float[Array, 'T D'], plan: Plan, *, multiple: int = 1, implementation: str | None = None
 ) -> Float[Array, 'R D']:
-  """Each token in the rows of its choices. Unused rows hold anything. Not differentiable."""
+  """Each token in the rows of its choices. Not differentiable.
+
+  Args:
+    multiple: gaps behind a destination's rows are zero up to this multiple of rows; what other
+      unused rows hold is left open.
+  """
   name = pallas_triton.choose('spread_rows', implementation, pallas_triton.unavailable())
-  return _BACKENDS[name].spread_rows(x_TD, plan.token_R, plan.row_TK)
+  return _BACKENDS[name].spread_rows(x_TD, plan, multiple=multiple)
 
 
 def _no_gradient(tree):

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax.ops.permute.plan import Plan
+
 # T tokens  D width  K choices a token  R rows
 
 
@@ -11,10 +13,10 @@ def gather_rows(x_TD: Array, token_R: Int[Array, 'R']) -> Array:
   return x_TD.at[token_R].get(mode='fill', fill_value=0)
 
 
-def spread_rows(x_TD: Array, token_R: Int[Array, 'R'], row_TK: Int[Array, 'T K']) -> Array:
-  """Each token in each of its rows; both index arrays say the same, one from either side."""
-  del row_TK
-  return gather_rows(x_TD, token_R)
+def spread_rows(x_TD: Array, plan: Plan, *, multiple: int) -> Array:
+  """Each token in each of its rows, and zeros in all others."""
+  del multiple
+  return gather_rows(x_TD, plan.token_R)
 
 
 def sum_rows(

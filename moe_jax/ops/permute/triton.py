@@ -3,6 +3,7 @@
 spread_rows  program: some tokens x up to 1024 columns, read once and written to each of the K rows
              of each token: T * D in, R * D out. Reading in row order instead would fetch most
              tokens K times, as an expert's tokens are spread over more than the L2 cache holds.
+             A few programs more write zeros into the gaps behind groups.
 ranks        counting sort in two passes over N keys: the histogram of each block of keys; then, by
              the sums of earlier histograms, the place of each key, by a running count of every key
              value in turn. N * E additions in each, against a radix sort's several passes.
@@ -18,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from moe_jax.ops import pallas_triton
+from moe_jax.ops.permute.plan import Plan
 
 
 def _width(d: int) -> int:
@@ -34,13 +36,15 @@ def _grid(x, y):
   return jnp.broadcast_to(x[:, None], shape), jnp.broadcast_to(y[None, :], shape)
 
 
-def _spread_kernel(x_ref, row_ref, out_ref, *, tokens, width):
+def _spread_kernel(x_ref, row_ref, *rest, tokens, width, multiple):
+  *group_refs, out_ref = rest
   num_tokens, choices = row_ref.shape
   num_rows, d = out_ref.shape
   columns = jnp.int32(pl.cdiv(d, width))
   pid = pl.program_id(0)
-  token = jax.lax.div(pid, columns) * tokens + jnp.arange(tokens)
+  block = jax.lax.div(pid, columns)
   col = jax.lax.rem(pid, columns) * width + jnp.arange(width)
+  token = block * tokens + jnp.arange(tokens)
   real, at = token < num_tokens, _grid(token, col)
   inside = at[1] < d
   x = plt.load(x_ref.at[at], mask=inside & real[:, None], other=jnp.zeros((), x_ref.dtype))
@@ -49,23 +53,47 @@ def _spread_kernel(x_ref, row_ref, out_ref, *, tokens, width):
     there = row < num_rows
     plt.store(out_ref.at[_grid(row, col)], x, mask=inside & there[:, None])
 
+  if group_refs:
+    size_ref, offset_ref = group_refs
+    # the last programs have one group each, and no tokens
+    e = block - pl.cdiv(num_tokens, tokens)
+    has_gap = e >= 0
+    e = jnp.maximum(e, 0)
+    start = plt.load(offset_ref.at[e]) + plt.load(size_ref.at[e])
+    end = jax.lax.div(start + multiple - 1, multiple) * multiple
+    steps = jnp.where(has_gap, pl.cdiv(end - start, tokens), 0)
+
+    def clear(i, _):
+      row = start + i * tokens + jnp.arange(tokens)
+      at = _grid(row, col)
+      plt.store(out_ref.at[at], jnp.zeros_like(x), mask=(at[0] < end) & inside)
+
+    jax.lax.fori_loop(0, steps, clear, None)
+
 
 def spread_rows(
   x_TD: jax.Array,
-  token_R: jax.Array,
-  row_TK: jax.Array,
+  plan: Plan,
   *,
+  multiple: int = 1,
   elements: int = 4096,
   num_warps: int = 4,
 ) -> jax.Array:
+  if x_TD.dtype.itemsize == 1 and x_TD.dtype != jnp.int8:
+    bits_TD = jax.lax.bitcast_convert_type(x_TD, jnp.int8)
+    bits_RD = spread_rows(bits_TD, plan, multiple=multiple, elements=elements, num_warps=num_warps)
+    return jax.lax.bitcast_convert_type(bits_RD, x_TD.dtype)
   (num_tokens, d), width = x_TD.shape, _width(x_TD.shape[1])
   tokens = elements // width
+  groups = (plan.size_E, plan.offset_E) if multiple > 1 else ()
+  blocks = pl.cdiv(num_tokens, tokens) + (len(plan.size_E) if groups else 0)
   return pallas_triton.call(
-    functools.partial(_spread_kernel, tokens=tokens, width=width),
+    functools.partial(_spread_kernel, tokens=tokens, width=width, multiple=multiple),
     x_TD,
-    row_TK,
-    grid=(pl.cdiv(num_tokens, tokens) * pl.cdiv(d, width),),
-    out=jax.ShapeDtypeStruct((len(token_R), d), x_TD.dtype),
+    plan.row_TK,
+    *groups,
+    grid=(blocks * pl.cdiv(d, width),),
+    out=jax.ShapeDtypeStruct((len(plan.choice_R), d), x_TD.dtype),
     num_warps=num_warps,
   )
 

@@ -64,27 +64,30 @@ def swiglu_backward_quantized(
   da_RF: jax.Array,
   h_R2F: jax.Array,
   weight_R: jax.Array,
-  fmt: Format,
+  fmts: tuple[Format, Format, Format],
   *,
   limit: float = 0.0,
   implementation: str | None = None,
 ) -> tuple[Quantized, Quantized, Quantized, jax.Array]:
-  """As `swiglu_backward`: rows and columns of the gradient in h; columns of weight * swiglu(h)."""
+  """As `swiglu_backward`, quantised without having been rounded before.
+
+  Rows and columns of the gradient in h, and columns of weight * swiglu(h), in the formats given.
+  """
   _check(da_RF.shape[1])
   if da_RF.shape[0] % TILE:
     raise ValueError(f'swiglu: {da_RF.shape[0]} rows must be a multiple of {TILE}; pad them.')
   op, problem = 'swiglu_backward_quantized', pallas_triton.unavailable()
   if pallas_triton.choose(op, implementation, problem) == 'triton':
-    return triton.backward_quantized(da_RF, h_R2F, weight_R, fmt, limit=limit)
+    return triton.backward_quantized(da_RF, h_R2F, weight_R, fmts, limit=limit)
   gate_RF, up_RF = reference.halves(h_R2F)
   dgate, dup, a, dweight = reference.gradients(
     da_RF, gate_RF, up_RF, weight_R[:, None], limit=limit
   )
   dh_R2F = jax.numpy.concatenate([dgate, dup], axis=1)
   return (
-    quantizers.rows(dh_R2F, fmt),
-    quantizers.columns(dh_R2F, fmt),
-    quantizers.columns(a, fmt),
+    quantizers.rows(dh_R2F, fmts[0]),
+    quantizers.columns(dh_R2F, fmts[1]),
+    quantizers.columns(a, fmts[2]),
     dweight.sum(1),
   )
 

@@ -90,8 +90,8 @@ def _load(ref, row, col):
 
 
 def _forward_rows_kernel(h_ref, values_ref, scale_ref, *, rows, limit, fmt):
-  num_rows, f = values_ref.shape
-  first_row, col = place(num_rows, f, rows)
+  f = values_ref.shape[1]
+  first_row, col = place(f, rows)
   parts = [
     reference.swiglu(_load(h_ref, row, col), _load(h_ref, row, f + col), limit=limit)
     for row in parts_of(first_row, rows)
@@ -113,29 +113,36 @@ def forward_rows(
   return Quantized(*found)
 
 
-def _backward_quantized_kernel(da_ref, h_ref, w_ref, *refs, limit, fmt):
-  num_rows, f = da_ref.shape
-  first_row, col = place(num_rows, f)
-  step = jax.lax.div(col.min(), TILE)
-  found = []
-  for row in parts_of(first_row):
-    weight = plt.load(w_ref.at[row])[:, None]
-    gate, up = _load(h_ref, row, col), _load(h_ref, row, f + col)
-    *parts, dweight = reference.gradients(_load(da_ref, row, col), gate, up, weight, limit=limit)
-    plt.store(refs[6].at[jnp.full_like(row, 0) + step, row], dweight.sum(1))
-    found.append(parts)
-  dgate, dup, a = zip(*found, strict=True)
-  for parts, at in ((dgate, col), (dup, f + col)):
-    store_rows(parts, refs[:2], first_row, at, fmt)
-    store_columns(parts, refs[2:4], first_row, at, fmt)
-  store_columns(a, refs[4:6], first_row, col, fmt)
+def _backward_quantized_kernel(da_ref, h_ref, w_ref, *refs, limit, fmts):
+  f = da_ref.shape[1]
+  first_row, col = place(f)
+
+  def compute(which):
+    """The parts of one of the results. Each reads its operands anew, from the cache: all results
+    of a tile at once do not fit into registers."""
+    parts = []
+    for row in parts_of(first_row):
+      weight = plt.load(w_ref.at[row])[:, None]
+      gate, up = _load(h_ref, row, col), _load(h_ref, row, f + col)
+      found = reference.gradients(_load(da_ref, row, col), gate, up, weight, limit=limit)
+      parts.append(found[which])
+      if which == 2:
+        step = jnp.full_like(row, 0) + jax.lax.div(col.min(), TILE)
+        plt.store(refs[6].at[step, row], found[3].sum(1))
+    return parts
+
+  for which, at in ((0, col), (1, f + col)):
+    parts = compute(which)
+    store_rows(parts, refs[:2], first_row, at, fmts[0])
+    store_columns(parts, refs[2:4], first_row, at, fmts[1])
+  store_columns(compute(2), refs[4:6], first_row, col, fmts[2])
 
 
 def backward_quantized(
   da_RF: jax.Array,
   h_R2F: jax.Array,
   weight_R: jax.Array,
-  fmt: Format,
+  fmts: tuple[Format, Format, Format],
   *,
   limit: float,
   num_warps: int = 8,
@@ -143,18 +150,18 @@ def backward_quantized(
   """Rows and columns of the gradient in h, columns of weight * a, the gradient in the weight."""
   num_rows, f = da_RF.shape
   (dh, dh_scale, dh_t, dh_t_scale, a_t, a_t_scale, dweight_CR) = pallas_triton.call(
-    functools.partial(_backward_quantized_kernel, limit=limit, fmt=fmt),
+    functools.partial(_backward_quantized_kernel, limit=limit, fmts=fmts),
     da_RF,
     h_R2F,
     weight_R,
     grid=(num_tiles(num_rows, f),),
     out=[
-      *rows_out(num_rows, 2 * f, fmt),
+      *rows_out(num_rows, 2 * f, fmts[0]),
       *columns_out(num_rows, 2 * f),
       *columns_out(num_rows, f),
       jax.ShapeDtypeStruct((f // TILE, num_rows), jnp.float32),
     ],
     num_warps=num_warps,
   )
-  dh_t, a_t = unpack(dh_t, dh_t_scale, fmt), unpack(a_t, a_t_scale, fmt)
+  dh_t, a_t = unpack(dh_t, dh_t_scale, fmts[1]), unpack(a_t, a_t_scale, fmts[2])
   return Quantized(dh, dh_scale), dh_t, a_t, dweight_CR.sum(0)
