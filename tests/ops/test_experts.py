@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from moe_jax import sharding as sh
 from moe_jax.ops.experts import expert_mlp
 from moe_jax.ops.experts.local import local_experts
+from moe_jax.ops.recipe import Product, Recipe
 
 B, S, D, F, E, K = 8, 4, 8, 6, 8, 3
 
@@ -163,3 +164,47 @@ def test_a_remat_policy_may_keep_the_hidden_layer():
   )
   shapes = [a.shape for a in kept]
   assert (B * S * K, 2 * F) in shapes and (B * S * K, D) not in shapes
+
+
+E4M3 = Product('e4m3', 'e4m3', 'block')
+E5M2 = Product('e5m2', 'e4m3', 'block', power_of_two=True)
+BF16 = Product('bfloat16', 'bfloat16')
+
+
+@pytest.mark.parametrize(
+  'recipe',
+  [Recipe(E4M3, E4M3, E4M3), Recipe(E4M3, E5M2, BF16), Recipe(BF16, BF16, E4M3)],
+  ids=['all', 'forward_and_dgrad', 'wgrad'],
+)
+def test_experts_in_fp8_are_close_to_float32_with_their_gradients(recipe):
+  T, D, F, E, K = 96, 128, 128, 3, 2
+  keys = jax.random.split(jax.random.key(0), 6)
+  draw = lambda key, *shape: jax.random.normal(key, shape, jnp.bfloat16)
+  x, dout = draw(keys[0], T, D), draw(keys[1], T, D)
+  matrices = draw(keys[2], E, D, 2, F) * D**-0.5, draw(keys[3], E, F, D) * F**-0.5
+  weight = jax.nn.softmax(jax.random.normal(keys[4], (T, K)))
+  # expert 2 has no tokens, and some choices are of experts elsewhere
+  route = jnp.asarray([[0, 1], [1, 0], [E, 1]], jnp.int32)[jnp.arange(T) % 3]
+
+  def run(recipe, dtype):
+    args = x.astype(dtype), weight, *(m.astype(dtype) for m in matrices)
+    call = lambda *a: local_experts(a[0], route, *a[1:], rows=T * K, limit=0.0, recipe=recipe)
+    y, vjp = jax.vjp(call, *args)
+    return [y, *vjp(dout.astype(dtype))]
+
+  found, exact = run(recipe, jnp.bfloat16), run(None, jnp.float32)
+  for label, a, b in zip(('y', 'dx', 'dweight', 'dgate_up', 'ddown'), found, exact, strict=True):
+    a, b = np.asarray(a, np.float32), np.asarray(b)
+    # three products with operands of 4 bits (e4m3) or 3 (e5m2), whose errors are independent
+    assert np.linalg.norm(a - b) < 0.11 * np.linalg.norm(b), label
+    assert np.linalg.norm(a - b) > 1e-3 * np.linalg.norm(b), label
+  np.testing.assert_array_equal(np.asarray(found[3], np.float32)[2], 0)
+
+
+def test_experts_in_fp8_need_whole_blocks():
+  x, weight, gate_up, down = (a.astype(jnp.bfloat16) for a in operands())
+  x, weight, route = (a.reshape(B * S, -1) for a in (x, weight, jnp.asarray(routes('mixed'))))
+  with pytest.raises(ValueError, match='multiples of 128'):
+    local_experts(
+      x, route, weight, gate_up, down, rows=B * S * K, limit=0.0, recipe=Recipe(E4M3, E4M3, E4M3)
+    )

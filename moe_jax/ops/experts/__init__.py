@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax import sharding as sh
 from moe_jax.ops.experts.local import local_experts
 from moe_jax.ops.permute import bucket_by_destination, combine, dispatch
+from moe_jax.ops.recipe import Recipe
 
 # B batch  S sequence  T tokens of one device  D model  F width  E experts  K experts a token
 # P devices on the expert axis
@@ -27,6 +28,7 @@ def expert_mlp(
   down_EFD: Float[Array, 'E F D'],
   *,
   swiglu_limit: float = 0.0,
+  recipe: Recipe | None = None,
 ) -> Float[Array, 'B S D']:
   """Weighted sum over each token's experts of down(silu(gate x) * up x), on the current mesh.
 
@@ -37,18 +39,19 @@ def expert_mlp(
     gate_up_ED2F: stored shares, split as `sharding.EXPERTS_ED2F`; gathered over `data` here.
     down_EFD: likewise, `sharding.EXPERTS_EFD`.
     swiglu_limit: clamp of gate and up values, see ops.swiglu; 0 for none.
+    recipe: what the operands of products are rounded to; None: nothing, they are as they come.
 
   Gradients reach x, the weights and both matrices.
   """
   body = jax.shard_map(
-    functools.partial(_on_device, limit=swiglu_limit),
+    functools.partial(_on_device, limit=swiglu_limit, recipe=recipe),
     in_specs=(sh.STREAM, sh.STREAM, sh.STREAM, sh.EXPERTS_ED2F, sh.EXPERTS_EFD),
     out_specs=sh.STREAM,
   )
   return body(x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD)
 
 
-def _on_device(x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD, *, limit):
+def _on_device(x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD, *, limit, recipe):
   gate_up_ED2F = jax.lax.all_gather(gate_up_ED2F, sh.DATA, axis=1, tiled=True)
   down_EFD = jax.lax.all_gather(down_EFD, sh.DATA, axis=2, tiled=True)
   D, K = x_BSD.shape[-1], expert_BSK.shape[-1]
@@ -59,14 +62,21 @@ def _on_device(x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD, *, limit):
   )
   if jax.lax.axis_size(sh.EXPERT) == 1:
     y_TD = local_experts(
-      x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, rows=len(x_TD) * K, limit=limit
+      x_TD,
+      expert_TK,
+      weight_TK,
+      gate_up_ED2F,
+      down_EFD,
+      rows=len(x_TD) * K,
+      limit=limit,
+      recipe=recipe,
     )
   else:
-    y_TD = _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, limit=limit)
+    y_TD = _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, limit=limit, recipe=recipe)
   return jax.lax.psum(y_TD, sh.MODEL).reshape(*x_BSD.shape[:2], D)
 
 
-def _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, *, limit):
+def _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, *, limit, recipe):
   """Sends tokens to the devices of their experts, computes there, and sums what comes back."""
   num_devices, local = jax.lax.axis_size(sh.EXPERT), gate_up_ED2F.shape[0]
   T, K = expert_TK.shape
@@ -90,7 +100,7 @@ def _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, *, limit):
   )
   y_RD = local_experts(
     send(x_TD), local_RK, send(weight_TK), gate_up_ED2F, down_EFD,
-    rows=num_devices * T * min(K, local), limit=limit,
+    rows=num_devices * T * min(K, local), limit=limit, recipe=recipe,
   )  # fmt: skip
   back_RD = jax.lax.all_to_all(y_RD.reshape(num_devices, T, -1), sh.EXPERT, 0, 0).reshape(
     num_devices * T, -1
