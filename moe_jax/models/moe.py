@@ -71,7 +71,8 @@ class MoE(nn.Module):
       y_BSD = jnp.einsum('bskd,bsk->bsd', output_BSKD.astype(jnp.float32), weight_BSK)
       y_BSD = y_BSD.astype(x_BSD.dtype)
     else:
-      y_BSD = expert_mlp(x_BSD, kept_BSK, weight_BSK, *experts, swiglu_limit=c.swiglu_limit)
+      options: Any = dict(swiglu_limit=c.swiglu_limit, recipe=self.policy.experts)
+      y_BSD = expert_mlp(x_BSD, kept_BSK, weight_BSK, *experts, **options)
     for filled_BSD in balance.fill(gate, states):
       y_BSD += filled_BSD.astype(y_BSD.dtype)
     if c.num_shared:

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
 from jaxtyping import Array, Float
 
+from moe_jax.ops.route import choose_experts
 from moe_jax.routing.base import Gate, Idea, State, normalized, selected, sequence_balance
 
 
@@ -24,6 +24,6 @@ class SequenceWise(Idea):
   weight: float = 1e-4
 
   def loss(self, gate: Gate, state: State) -> Float[Array, '']:
-    _, expert_BSK = jax.lax.top_k(gate.score_BSE, gate.top_k)
+    expert_BSK = choose_experts(gate.score_BSE, k=gate.top_k)
     selected_BSE = selected(expert_BSK, gate.num_experts)
     return self.weight * sequence_balance(selected_BSE, normalized(gate.score_BSE), gate)

@@ -1,36 +1,40 @@
 """A whole layer of experts, router to output, forward and backward, and where its time goes.
 
 `layer` is models.MoE on one device with weights in the compute precision, the router float32: gate,
-choice, experts, shared experts; backward to the tokens, the router and every matrix. Its parts are
-timed one by one on operands of the same shapes. torch has no such layer; `dense` is XLA's matmul of
-as many operations.
+choice, experts, shared experts; backward to the tokens, the router and every matrix. `part` rows
+are the kernels of a traced call, added up by the names that ops give them, and their share; what
+the parts lack to the whole is time between kernels. torch has no such layer; `dense` is XLA's
+matmul of as many operations as the forward pass has.
 """
 
 # T tokens  D model  F width of an expert  E experts  K experts a token  R rows
 
+import collections
 import concurrent.futures
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
+import pathlib
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from experiments.bench import table, timing
+# before any backend starts: it turns off what hides kernels from the profiler
+from experiments.bench import profile_step, table, timing
 from moe_jax import sharding as sh
 from moe_jax.config import MoEConfig
 from moe_jax.models.attention.base import Where, spread
 from moe_jax.models.moe import MoE
-from moe_jax.ops.grouped_matmul import grouped_matmul, input_grad, weight_grad
-from moe_jax.ops.permute import sort_by_destination, spread_rows, sum_rows
-from moe_jax.ops.route import gate_logits, scores, top_k_route
-from moe_jax.ops.swiglu import swiglu_backward, swiglu_forward
 from moe_jax.precision import policy
 from moe_jax.routing import Balance
 
-LIMIT = {'bfloat16': 790.0}  # TFLOP/s, see suites/grouped_matmul.py
-BANDWIDTH = 3000.0  # GB/s
+# TFLOP/s of large dense matmuls, see suites/grouped_matmul.py
+LIMIT = {'bfloat16': 790.0, 'fp8_block': 1430.0}
+# names in the profile, as ops give them, the first that fits
+PARTS = (
+  'shared', 'quantize', 'grouped_matmul', 'spread', 'combine', 'swiglu', 'sort', 'choose', 'gate',
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,7 @@ class Spec:
   tokens: int
   d: int
   moe: MoEConfig
+  precisions: tuple[str, ...] = ('bfloat16', 'fp8_block')
 
   @property
   def flops(self) -> int:
@@ -60,7 +65,7 @@ def _moe(num_experts: int, top_k: int, d_expert: int, num_shared: int) -> MoECon
 
 
 SPECS = (
-  Spec(name='fine', tokens=24576, d=1536, moe=_moe(128, 8, 256, 0)),
+  Spec(name='fine', tokens=24576, d=1536, moe=_moe(128, 8, 256, 0), precisions=('bfloat16',)),
   Spec(name='v2_lite', tokens=32768, d=2048, moe=_moe(64, 6, 1408, 2)),
 )
 TINY = Spec(name='tiny', tokens=256, d=128, moe=_moe(8, 2, 128, 1))
@@ -77,20 +82,20 @@ class Call:
   fn: Any  # jitted
   args: tuple
   flops: float = 0.0
-  moved: float = 0.0  # bytes, where memory is the limit
   sizes: str = 'drawn'
 
 
 def run(only: str = '') -> Iterator[list[table.Row]]:
-  on_gpu = jax.default_backend() == 'gpu'
-  for spec in SPECS if on_gpu else (TINY,):
+  for spec in SPECS if jax.default_backend() == 'gpu' else (TINY,):
     if only in spec.name:
       with jax.set_mesh(sh.make_mesh((1, 1, 1))):
-        layer = layer_calls(spec)
-        layer = list(zip(layer, _compile(layer), strict=True))
-      # outside the mesh, whose axes parts know nothing of
-      parts = part_calls(spec)
-      yield [_row(spec, *pair) for pair in [*layer, *zip(parts, _compile(parts), strict=True)]]
+        calls = layer_calls(spec)
+        pairs = list(zip(calls, _compile(calls), strict=True))
+        rows = [_row(spec, *pair) for pair in pairs]
+        for call, compiled in pairs:
+          if call.sizes == 'drawn':
+            rows += breakdown(spec, call, compiled)
+      yield rows
 
 
 def _compile(calls: list[Call]) -> list[Any]:
@@ -102,23 +107,47 @@ def _compile(calls: list[Call]) -> list[Any]:
 
 
 def _row(spec: Spec, call: Call, compiled: Any) -> table.Row:
-  # a layer's operands are larger than any cache; a part's may not be
-  copies = timing.num_copies(jax.tree.leaves(call.args)) if call.by == 'part' else 1
-  args = [call.args] + [jax.tree.map(lambda a: a + 0, call.args) for _ in range(copies - 1)]
-  measured = timing.measure(compiled, args, block=jax.block_until_ready)
+  measured = timing.measure(compiled, [call.args], block=jax.block_until_ready)
   names = dict(work=call.work, by=call.by, shape=str(spec), sizes=call.sizes)
   if call.by.startswith('layer'):
     temporary = compiled.memory_analysis().temp_size_in_bytes
     names['note'] = f'{temporary / 2**30:.1f} GiB beside operands and results'
-  if call.moved:
-    return table.row_of(measured, amount=call.moved, unit='GB/s', limit=BANDWIDTH, **names)
-  limit = LIMIT[call.by.split()[-1]] if call.by != 'part' else LIMIT['bfloat16']
+  limit = LIMIT[call.by.split()[-1]]
   return table.row_of(measured, amount=call.flops, unit='TFLOP/s', limit=limit, **names)
+
+
+def breakdown(spec: Spec, call: Call, compiled: Any, repeats: int = 3) -> list[table.Row]:
+  """Device time of each part of a call; nothing where the profiler sees no GPU."""
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      for _ in range(repeats):
+        jax.block_until_ready(compiled(*call.args))
+    (profile,) = pathlib.Path(folder).rglob('*.xplane.pb')
+    spent = profile_step.by_operation(profile, compiled.as_text())
+  parts: collections.Counter = collections.Counter()
+  for (which, name, kernel), nanoseconds in spent.items():
+    found = (part for part in PARTS if part in f'{name} {kernel}')
+    parts[next(found, 'rest'), which] += nanoseconds
+  total = sum(parts.values())
+  return [
+    table.Row(
+      work=f'{part}, {which}',
+      by=f'part of {call.by}',
+      shape=str(spec),
+      sizes=call.sizes,
+      ms=nanoseconds / repeats / 1e6,
+      spread=0.0,
+      rate=100 * nanoseconds / total,
+      unit='%',
+      of_limit=nanoseconds / total,
+    )
+    for (part, which), nanoseconds in parts.most_common()
+  ]
 
 
 def layer_calls(spec: Spec) -> list[Call]:
   calls = []
-  for precision in LIMIT:
+  for precision in spec.precisions:
     fn, (x, params, bias) = make(spec, precision)
     calls += [
       Call(
@@ -163,46 +192,3 @@ def make(spec: Spec, precision: str) -> tuple[Any, tuple[Any, ...]]:
     return y, *vjp(dy)
 
   return there_and_back, start(jax.random.key(0))
-
-
-def part_calls(spec: Spec) -> list[Call]:
-  m, R = spec.moe, spec.tokens * spec.moe.top_k
-  E, D, F, K = m.num_experts, spec.d, m.d_expert, m.top_k
-  keys = jax.random.split(jax.random.key(0), 6)
-
-  @functools.partial(jax.jit, static_argnums=(1, 2))
-  def draw(key, shape, dtype='bfloat16'):
-    return jax.random.normal(key, shape, jnp.dtype(dtype)) * shape[-1] ** -0.5
-
-  x, router = draw(keys[0], (1, spec.tokens, D)), draw(keys[1], (D, E), 'float32')
-  gate_up, down = draw(keys[2], (E, D, 2 * F)), draw(keys[3], (E, F, D))
-  choose = lambda x, r: top_k_route(scores(gate_logits(x, r), m.score), jnp.zeros(E), k=K)
-  plan = functools.partial(sort_by_destination, num_destinations=E, num_rows=R)
-  expert, weight = (a[0] for a in jax.jit(choose)(x, router))
-  p = jax.jit(plan)(expert)
-  x_R, h, a = draw(keys[4], (R, D)), draw(keys[5], (R, 2 * F)), draw(keys[5], (R, F))
-  by_row = jax.jit(p.by_row)(weight)
-  wgrad = functools.partial(weight_grad, dtype=jnp.bfloat16)
-
-  def part(work: str, fn: Callable, *args: Any, flops: float = 0.0, moved: float = 0.0) -> Call:
-    return Call(work=work, by='part', fn=jax.jit(fn), args=args, flops=flops, moved=moved)
-
-  sizes, whole, half = p.size_E, 4 * R * D * F, 2 * R * D * F
-  tokens_and_rows = 2 * D * (spec.tokens + R)
-  return [
-    part('gate and choice', choose, x, router, flops=2 * spec.tokens * D * E),
-    part('sort', plan, expert, moved=3 * 4 * R),
-    # three times in all: x, and in the backward pass x and the gradient of the output
-    part('spread rows, 1 of 3', spread_rows, x[0], p, moved=tokens_and_rows),
-    part('gate_up', grouped_matmul, x_R, gate_up, sizes, flops=whole),
-    part('swiglu', swiglu_forward, h, moved=2 * R * F * 3),
-    part('down', grouped_matmul, a, down, sizes, flops=half),
-    part('combine', sum_rows, x_R, p.row_TK, weight, moved=tokens_and_rows),
-    part('down dgrad', input_grad, x_R, down, sizes, flops=half),
-    # with a copy of a and h, as their memory is reused for the results
-    part('swiglu backward, copies', swiglu_backward, a, h, by_row, moved=2 * R * F * 12),
-    part('down wgrad', wgrad, a, x_R, sizes, flops=half),
-    part('gate_up dgrad', input_grad, h, gate_up, sizes, flops=whole),
-    part('sum of dx', sum_rows, x_R, p.row_TK, moved=tokens_and_rows),
-    part('gate_up wgrad', wgrad, x_R, h, sizes, flops=whole),
-  ]

@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.ops import pallas_triton
-from moe_jax.ops.grouped_matmul import padded_offsets
 from moe_jax.ops.permute import reference, triton
 from moe_jax.ops.permute.plan import Plan
 from moe_jax.ops.permute.reference import gather_rows, sum_rows
@@ -40,6 +39,7 @@ def padded_rows(num_choices: int, num_destinations: int, multiple: int) -> int:
   return -(-rows // multiple) * multiple
 
 
+@jax.named_scope('sort')
 def sort_by_destination(
   destination_TK: Int[Array, 'T K'],
   *,
@@ -62,10 +62,17 @@ def sort_by_destination(
   ]
   flat = destination_TK.reshape(-1).astype(jnp.int32)
   rank, size_E = backend.ranks(flat, num_destinations)
-  offset_E = padded_offsets(size_E, multiple)
+  offset_E = _first_rows(size_E, multiple)
   row = offset_E.at[flat].get(mode='clip') + rank
   row = jnp.where(flat < num_destinations, row, num_rows)
   return _plan(row.reshape(destination_TK.shape), num_rows, size_E, offset_E)
+
+
+def _first_rows(size_E: Array, multiple: int) -> Array:
+  """padded_offsets as one masked sum, where a cumsum would be four kernels."""
+  taken_E = -(-size_E // multiple) * multiple
+  e = jnp.arange(size_E.shape[0])
+  return jnp.where(e[:, None] > e, taken_E, 0).sum(1, dtype=jnp.int32)
 
 
 def bucket_by_destination(visits_TE: Bool[Array, 'T E']) -> Plan:
@@ -83,6 +90,7 @@ def _plan(row_TK: Array, num_rows: int, size_E: Array, offset_E: Array) -> Plan:
   return Plan(choice_R, row_TK, size_E, offset_E)
 
 
+@jax.named_scope('spread')
 def spread_rows(
   x_TD: Float[Array, 'T D'], plan: Plan, *, multiple: int = 1, implementation: str | None = None
 ) -> Float[Array, 'R D']:

@@ -1,5 +1,6 @@
 """The definition of every move of rows, which XLA also compiles where there is no kernel."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -19,6 +20,7 @@ def spread_rows(x_TD: Array, plan: Plan, *, multiple: int) -> Array:
   return gather_rows(x_TD, plan.token_R)
 
 
+@jax.named_scope('combine')
 def sum_rows(
   y_RD: Array, row_TK: Int[Array, 'T K'], weight_TK: Float[Array, 'T K'] | None = None
 ) -> Array:

@@ -98,6 +98,7 @@ def quantize_tensor(x: jax.Array, fmt: Format = E4M3) -> Quantized:
   return reference.tensor(x, fmt)
 
 
+@jax.named_scope('quantize')
 def _tiles(
   x_RK: jax.Array,
   fmt: Format,
@@ -125,6 +126,7 @@ def _tiles(
   return rows + ((reference.columns(x_RK, fmt),) if by_column else ())
 
 
+@jax.named_scope('quantize')
 def _blocks(
   w_DF: jax.Array, fmt: Format, want: tuple[str, ...], implementation: str | None
 ) -> tuple[Quantized, ...]:

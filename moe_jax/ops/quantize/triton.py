@@ -92,7 +92,7 @@ def unpack(words: jax.Array, scale: jax.Array, fmt: Format) -> Quantized:
   return Quantized(values.reshape(words.shape[0], -1), scale)
 
 
-def _kernel(*refs, fmt, rows, chain, by_row, by_column, gathered):
+def _quantize_kernel(*refs, fmt, rows, chain, by_row, by_column, gathered):
   x_ref, *refs = refs
   num_tokens, k = x_ref.shape
   token_ref, refs = (refs[0], refs[1:]) if gathered else (None, refs)
@@ -150,7 +150,7 @@ def quantize(
   index = () if token_R is None else (token_R,)
   static = dict(rows=rows, chain=chain, by_row=by_row, by_column=by_column, gathered=bool(index))
   found = pallas_triton.call(
-    functools.partial(_kernel, fmt=fmt, **static),
+    functools.partial(_quantize_kernel, fmt=fmt, **static),
     x_RK,
     *index,
     grid=(num_tiles(num_rows, k, rows) // chain,),

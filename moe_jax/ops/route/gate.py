@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+@jax.named_scope('gate')
 def gate_logits(x_BSD: Float[Array, 'B S D'], router_DE: Float[Array, 'D E']) -> Array:
   """x @ router in float32; gradients likewise, that of x rounded to its dtype.
 

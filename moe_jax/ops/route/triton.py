@@ -23,7 +23,7 @@ def unsupported(num_experts: int, k: int) -> str | None:
   return problem
 
 
-def _kernel(score_ref, bias_ref, expert_ref, *, tokens, k, groups, kept, group_score):
+def _choose_kernel(score_ref, bias_ref, expert_ref, *, tokens, k, groups, kept, group_score):
   num_tokens, num_experts = score_ref.shape
   size = num_experts // groups
   # a tensor's dimensions are powers of two: groups, and their experts, are padded to such
@@ -79,7 +79,7 @@ def choose(
   tokens = max(1, 4096 // pl.next_power_of_2(num_experts))
   static = dict(k=k, groups=num_groups, kept=top_groups, group_score=group_score)
   return pallas_triton.call(
-    functools.partial(_kernel, tokens=tokens, **static),
+    functools.partial(_choose_kernel, tokens=tokens, **static),
     score_TE,
     bias_E,
     grid=(pl.cdiv(num_tokens, tokens),),

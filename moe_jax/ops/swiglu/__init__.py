@@ -27,11 +27,13 @@ __all__ = [
 _BACKENDS: dict[str, ModuleType] = {'triton': triton, 'xla': reference}
 
 
+@jax.named_scope('swiglu')
 def swiglu_forward(h_R2F: jax.Array, *, limit: float = 0.0) -> jax.Array:
   """swiglu of the two halves: [R, F]. XLA makes one pass of it on every device."""
   return reference.forward(h_R2F, limit=limit)
 
 
+@jax.named_scope('swiglu')
 def swiglu_backward(
   da_RF: jax.Array,
   h_R2F: jax.Array,
@@ -49,6 +51,7 @@ def swiglu_backward(
   return _BACKENDS[name].backward(da_RF, h_R2F, weight_R, limit=limit)
 
 
+@jax.named_scope('swiglu')
 def swiglu_rows(
   h_R2F: jax.Array, fmt: Format, *, limit: float = 0.0, implementation: str | None = None
 ) -> Quantized:
@@ -60,6 +63,7 @@ def swiglu_rows(
   return quantize_rows(swiglu(*reference.halves(h_R2F), limit=limit), fmt, implementation='xla')
 
 
+@jax.named_scope('swiglu')
 def swiglu_backward_quantized(
   da_RF: jax.Array,
   h_R2F: jax.Array,

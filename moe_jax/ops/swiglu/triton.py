@@ -32,7 +32,7 @@ from moe_jax.ops.quantize.triton import (
 from moe_jax.ops.swiglu import reference
 
 
-def _backward_kernel(da_ref, h_ref, w_ref, dh_ref, a_ref, dw_ref, *, rows, width, limit):
+def _swiglu_backward_kernel(da_ref, h_ref, w_ref, dh_ref, a_ref, dw_ref, *, rows, width, limit):
   num_rows, f = da_ref.shape
   row = pl.program_id(0) * rows + jnp.arange(rows)
   weight = plt.load(w_ref.at[row], mask=row < num_rows, other=0.0)[:, None]
@@ -68,7 +68,7 @@ def backward(
   width = min(512, max(128, pl.next_power_of_2(f)))
   rows = max(1, elements // width)
   return pallas_triton.call(
-    functools.partial(_backward_kernel, rows=rows, width=width, limit=limit),
+    functools.partial(_swiglu_backward_kernel, rows=rows, width=width, limit=limit),
     da_RF,
     h_R2F,
     weight_R,
