@@ -16,6 +16,7 @@ FORMATS = pytest.mark.parametrize(
   [E4M3, E5M2, qz.Format(power_of_two=True), qz.Format(dtype='float8_e5m2', power_of_two=True)],
   ids=['e4m3', 'e5m2', 'e4m3_pow2', 'e5m2_pow2'],
 )
+SLOW = pytest.mark.slow
 LARGEST = {'float8_e4m3fn': 448.0, 'float8_e5m2': 57344.0}
 
 
@@ -129,12 +130,16 @@ def same(found, expected):
     np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
-@FORMATS
+SOME = pytest.mark.parametrize(
+  'fmt', [E4M3, pytest.param(qz.Format(dtype='float8_e5m2', power_of_two=True), marks=SLOW)]
+)
+
+
+@SOME
 def test_triton_quantises_to_the_bits_of_the_reference(fmt):
-  x = sample((256, 384)).at[5, 130].set(jnp.inf)
+  x = sample((128, 256)).at[5, 130].set(jnp.inf)
   expected = qz.quantize_rows_and_columns(x, fmt)
   same(triton.quantize(x, fmt, by_row=True, by_column=True), expected)
-  same(triton.quantize(x, fmt, by_row=True, by_column=True, chain=3), expected)
 
 
 def test_triton_quantises_any_number_of_rows():
@@ -143,14 +148,14 @@ def test_triton_quantises_any_number_of_rows():
 
 
 def test_triton_quantises_gathered_rows():
-  x, token_R = sample((50, 256)), jax.random.randint(jax.random.key(0), (256,), 0, 55)
+  x, token_R = sample((50, 128)), jax.random.randint(jax.random.key(0), (128,), 0, 55)
   found = triton.quantize(x, E4M3, token_R=token_R, by_row=True, by_column=True)
   same(found, qz.quantize_rows_and_columns(x, token_R=token_R))
   gathered = jnp.where((token_R < 50)[:, None], x[token_R], 0)
   same(found, qz.quantize_rows_and_columns(gathered))
 
 
-@FORMATS
+@SOME
 def test_triton_quantises_blocks_both_ways(fmt):
   w = jnp.stack([sample((256, 128), seed) for seed in range(2)])
   found = triton.blocks(w, fmt, want=('plain', 'transposed'))

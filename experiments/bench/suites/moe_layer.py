@@ -162,7 +162,7 @@ def layer_calls(spec: Spec) -> list[Call]:
     ]
   if jax.default_backend() == 'gpu':
     # as many operations as the forward pass has, in one square product
-    side = int(round((spec.flops / 2) ** (1 / 3), -2))
+    side = round((spec.flops / 2) ** (1 / 3) / 128) * 128
     square = jnp.ones((side, side), jnp.bfloat16)
     dense = jax.jit(lambda a: a @ a)
     args: Any = dict(fn=dense, args=(square,), flops=2 * side**3, sizes='')

@@ -5,7 +5,8 @@ tile     128 x 128 values as four parts of 32 rows, part j holding rows j, 4 + j
          magnitudes, multiplies, rounds, and stores. For the transposed copy the four parts are
          packed into one of 32-bit words, four rows in each, which is transposed: a quarter of the
          elements to exchange between threads
-program  some tiles side by side; the next one is read while this one is worked on
+order    row by row of tiles. Squares of tiles, or programs of several tiles that read ahead, were
+         tried and are slower
 traffic  2 bytes a value in (bfloat16), 1 out for each copy, and 4 bytes for 128 values of scales
 bound    memory
 """
@@ -92,43 +93,24 @@ def unpack(words: jax.Array, scale: jax.Array, fmt: Format) -> Quantized:
   return Quantized(values.reshape(words.shape[0], -1), scale)
 
 
-def _quantize_kernel(*refs, fmt, rows, chain, by_row, by_column, gathered):
+def _quantize_kernel(*refs, fmt, rows, by_row, by_column, gathered):
   x_ref, *refs = refs
   num_tokens, k = x_ref.shape
   token_ref, refs = (refs[0], refs[1:]) if gathered else (None, refs)
   num_rows = num_tokens if token_ref is None else token_ref.shape[0]
-  chains = jnp.int32(k // (TILE * chain))
-  pid = pl.program_id(0)
-  first_row, first_col = jax.lax.div(pid, chains) * rows, jax.lax.rem(pid, chains) * chain * TILE
-  sources = parts_of(first_row, rows)
-  if token_ref is not None:
-    load = lambda at: plt.load(token_ref.at[at], mask=at < num_rows, other=num_tokens)
-    sources = [load(at) for at in sources]
-
-  def read(i):
-    parts = []
-    for source in sources:
-      there = (source < num_tokens) & (i < chain)
-      at = grid_of(source, first_col + i * TILE + jnp.arange(TILE))
-      mask = jnp.broadcast_to(there[:, None], at[0].shape)
-      parts.append(plt.load(x_ref.at[at], mask=mask, other=0.0))
-    return tuple(parts)
-
-  def work(i, parts):
-    upcoming = read(i + 1) if chain > 1 else parts
-    col = first_col + i * TILE + jnp.arange(TILE)
-    wide = [x.astype(jnp.float32) for x in parts]
-    if by_row:
-      store_rows(wide, refs[:2], first_row, col, fmt)
-    if by_column:
-      store_columns(wide, refs[-2:], first_row, col, fmt)
-    return upcoming
-
-  parts = read(jnp.int32(0))
-  if chain == 1:
-    work(jnp.int32(0), parts)
-  else:
-    jax.lax.fori_loop(0, chain, work, parts)
+  first_row, col = place(k, rows)
+  parts = []
+  for source in parts_of(first_row, rows):
+    if token_ref is not None:
+      source = plt.load(token_ref.at[source], mask=source < num_rows, other=num_tokens)
+    there = source < num_tokens
+    at = grid_of(source, col)
+    mask = jnp.broadcast_to(there[:, None], at[0].shape)
+    parts.append(plt.load(x_ref.at[at], mask=mask, other=0.0).astype(jnp.float32))
+  if by_row:
+    store_rows(parts, refs[:2], first_row, col, fmt)
+  if by_column:
+    store_columns(parts, refs[-2:], first_row, col, fmt)
 
 
 def quantize(
@@ -138,22 +120,18 @@ def quantize(
   token_R: jax.Array | None = None,
   by_row: bool = False,
   by_column: bool = False,
-  rows: int | None = None,
-  chain: int = 1,
   num_warps: int = 8,
 ) -> tuple[Quantized, ...]:
   """Of x, or of x[token_R]: its rows, its columns, or both in this order."""
   num_rows, k = (x_RK if token_R is None else token_R).shape[0], x_RK.shape[1]
-  if rows is None:
-    rows = TILE if by_column else 32
-  chain = next(c for c in range(chain, 0, -1) if k // TILE % c == 0)
+  rows = TILE if by_column else 32
   index = () if token_R is None else (token_R,)
-  static = dict(rows=rows, chain=chain, by_row=by_row, by_column=by_column, gathered=bool(index))
+  static = dict(rows=rows, by_row=by_row, by_column=by_column, gathered=bool(index))
   found = pallas_triton.call(
     functools.partial(_quantize_kernel, fmt=fmt, **static),
     x_RK,
     *index,
-    grid=(num_tiles(num_rows, k, rows) // chain,),
+    grid=(num_tiles(num_rows, k, rows),),
     out=[*rows_out(num_rows, k, fmt) * by_row, *columns_out(num_rows, k) * by_column],
     num_warps=num_warps,
   )

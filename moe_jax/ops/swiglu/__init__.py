@@ -1,16 +1,22 @@
-"""SwiGLU on gate and up side by side, its gradient in one pass, and both straight to FP8.
+"""SwiGLU on gate and up side by side, its gradient in one pass, and both to FP8.
 
 None of these has a gradient of its own but `swiglu`: ops/experts puts them together.
 """
 
 from types import ModuleType
+from typing import Any
 
 import jax
 
 from moe_jax.ops import pallas_triton
-from moe_jax.ops.quantize import Format, Quantized, quantize_rows
-from moe_jax.ops.quantize import reference as quantizers
-from moe_jax.ops.quantize.format import TILE
+from moe_jax.ops.quantize import (
+  TILE,
+  Format,
+  Quantized,
+  quantize_columns,
+  quantize_rows,
+  quantize_rows_and_columns,
+)
 from moe_jax.ops.swiglu import reference, triton
 from moe_jax.ops.swiglu.reference import swiglu
 
@@ -63,7 +69,6 @@ def swiglu_rows(
   return quantize_rows(swiglu(*reference.halves(h_R2F), limit=limit), fmt, implementation='xla')
 
 
-@jax.named_scope('swiglu')
 def swiglu_backward_quantized(
   da_RF: jax.Array,
   h_R2F: jax.Array,
@@ -73,27 +78,17 @@ def swiglu_backward_quantized(
   limit: float = 0.0,
   implementation: str | None = None,
 ) -> tuple[Quantized, Quantized, Quantized, jax.Array]:
-  """As `swiglu_backward`, quantised without having been rounded before.
-
-  Rows and columns of the gradient in h, and columns of weight * swiglu(h), in the formats given.
-  """
+  """As `swiglu_backward`: rows and columns of the gradient in h, columns of weight * swiglu(h)."""
   _check(da_RF.shape[1])
   if da_RF.shape[0] % TILE:
     raise ValueError(f'swiglu: {da_RF.shape[0]} rows must be a multiple of {TILE}; pad them.')
-  op, problem = 'swiglu_backward_quantized', pallas_triton.unavailable()
-  if pallas_triton.choose(op, implementation, problem) == 'triton':
-    return triton.backward_quantized(da_RF, h_R2F, weight_R, fmts, limit=limit)
-  gate_RF, up_RF = reference.halves(h_R2F)
-  dgate, dup, a, dweight = reference.gradients(
-    da_RF, gate_RF, up_RF, weight_R[:, None], limit=limit
-  )
-  dh_R2F = jax.numpy.concatenate([dgate, dup], axis=1)
-  return (
-    quantizers.rows(dh_R2F, fmts[0]),
-    quantizers.columns(dh_R2F, fmts[1]),
-    quantizers.columns(a, fmts[2]),
-    dweight.sum(1),
-  )
+  by: Any = dict(implementation=implementation)
+  dh_R2F, a_RF, dweight_R = swiglu_backward(da_RF, h_R2F, weight_R, limit=limit, **by)
+  a_t = quantize_columns(a_RF, fmts[2], **by)
+  if fmts[0] == fmts[1]:
+    return *quantize_rows_and_columns(dh_R2F, fmts[0], **by), a_t, dweight_R
+  dh, dh_t = quantize_rows(dh_R2F, fmts[0], **by), quantize_columns(dh_R2F, fmts[1], **by)
+  return dh, dh_t, a_t, dweight_R
 
 
 def _check(f: int) -> None:

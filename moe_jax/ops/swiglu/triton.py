@@ -1,10 +1,12 @@
-"""Triton kernels for SwiGLU: its gradient in one pass, and both directions ending in FP8.
+"""Triton kernels for SwiGLU: its gradient in one pass, and itself ending in FP8.
 
-backward   program: some rows x 128 to 512 columns of gate and of up, all F in turn, so that the
-           gradient in the weight is summed in registers. Reads da, gate, up once; writes the
-           gradients of both and weight * a.
-quantised  program: a tile of 128 columns, quantised as it is computed (ops/quantize/triton.py); the
-           gradient in the weight leaves as one partial sum a tile.
+backward      program: some rows x 128 to 512 columns of gate and of up, all F in turn, so that the
+              gradient in the weight is summed in registers. Reads da, gate, up once; writes the
+              gradients of both and weight * a over them
+forward_rows  program: 32 rows x 128 columns, quantised as they are computed (quantize/triton.py)
+
+A gradient that ends in FP8, rows and columns of the three results in one kernel, was tried: it
+holds too much in registers and takes twice as long as this gradient and the quantisers after it.
 """
 
 # R rows  F width of gate and of up
@@ -17,18 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from moe_jax.ops import pallas_triton
-from moe_jax.ops.quantize.format import TILE, Format, Quantized
-from moe_jax.ops.quantize.triton import (
-  columns_out,
-  grid_of,
-  num_tiles,
-  parts_of,
-  place,
-  rows_out,
-  store_columns,
-  store_rows,
-  unpack,
-)
+from moe_jax.ops.quantize.format import Format, Quantized
+from moe_jax.ops.quantize.triton import grid_of, num_tiles, parts_of, place, rows_out, store_rows
 from moe_jax.ops.swiglu import reference
 
 
@@ -111,57 +103,3 @@ def forward_rows(
     num_warps=num_warps,
   )
   return Quantized(*found)
-
-
-def _backward_quantized_kernel(da_ref, h_ref, w_ref, *refs, limit, fmts):
-  f = da_ref.shape[1]
-  first_row, col = place(f)
-
-  def compute(which):
-    """The parts of one of the results. Each reads its operands anew, from the cache: all results
-    of a tile at once do not fit into registers."""
-    parts = []
-    for row in parts_of(first_row):
-      weight = plt.load(w_ref.at[row])[:, None]
-      gate, up = _load(h_ref, row, col), _load(h_ref, row, f + col)
-      found = reference.gradients(_load(da_ref, row, col), gate, up, weight, limit=limit)
-      parts.append(found[which])
-      if which == 2:
-        step = jnp.full_like(row, 0) + jax.lax.div(col.min(), TILE)
-        plt.store(refs[6].at[step, row], found[3].sum(1))
-    return parts
-
-  for which, at in ((0, col), (1, f + col)):
-    parts = compute(which)
-    store_rows(parts, refs[:2], first_row, at, fmts[0])
-    store_columns(parts, refs[2:4], first_row, at, fmts[1])
-  store_columns(compute(2), refs[4:6], first_row, col, fmts[2])
-
-
-def backward_quantized(
-  da_RF: jax.Array,
-  h_R2F: jax.Array,
-  weight_R: jax.Array,
-  fmts: tuple[Format, Format, Format],
-  *,
-  limit: float,
-  num_warps: int = 8,
-) -> tuple[Quantized, Quantized, Quantized, jax.Array]:
-  """Rows and columns of the gradient in h, columns of weight * a, the gradient in the weight."""
-  num_rows, f = da_RF.shape
-  (dh, dh_scale, dh_t, dh_t_scale, a_t, a_t_scale, dweight_CR) = pallas_triton.call(
-    functools.partial(_backward_quantized_kernel, limit=limit, fmts=fmts),
-    da_RF,
-    h_R2F,
-    weight_R,
-    grid=(num_tiles(num_rows, f),),
-    out=[
-      *rows_out(num_rows, 2 * f, fmts[0]),
-      *columns_out(num_rows, 2 * f),
-      *columns_out(num_rows, f),
-      jax.ShapeDtypeStruct((f // TILE, num_rows), jnp.float32),
-    ],
-    num_warps=num_warps,
-  )
-  dh_t, a_t = unpack(dh_t, dh_t_scale, fmts[1]), unpack(a_t, a_t_scale, fmts[2])
-  return Quantized(dh, dh_scale), dh_t, a_t, dweight_CR.sum(0)
