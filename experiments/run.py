@@ -5,6 +5,7 @@ The same command resumes a stopped run; a finished one says so. Exit codes: 0 do
 asked, 1 given up by the guard, 2 bad input or an unusable workdir.
 """
 
+import dataclasses
 import datetime
 import functools
 import json
@@ -25,6 +26,7 @@ from moe_jax import config_io, precision, routing
 from moe_jax import sharding as sh
 from moe_jax.analysis.human import count
 from moe_jax.analysis.report import write_report
+from moe_jax.analysis.stability import stability
 from moe_jax.config import RunConfig
 from moe_jax.data.pipeline import RowSource
 from moe_jax.infer.decode import generate
@@ -188,6 +190,9 @@ def _summary(
     },
     'flops_per_token': card.flops_per_token,
     'max_vio': vio[-1].tolist(),
+    'stability': dataclasses.asdict(
+      stability(metrics.series('train/loss')[1], metrics.series('train/grad_norm')[1])
+    ),
     'sample': {'prompt': cfg.sample.prompt, 'text': text},
     'command': command,
     'device': card.devices,

@@ -4,7 +4,7 @@
     --methods='none,aux 1e-3,loss-free' --seeds=0,1,2
 
 A method is compiled once; a seed changes the initial parameters, never the data or their order.
-Each run leaves OUT/METHOD-SEED.npz (see `Record`), so that a run that is there is not made again.
+Each run leaves OUT/ARG-METHOD-SEED.npz (see `Method.run`); a run that is there is not made again.
 """
 
 import argparse
@@ -24,16 +24,17 @@ from experiments.balance.tokens import Rows
 from moe_jax import config_io
 from moe_jax import sharding as sh
 from moe_jax.config import RunConfig
-from moe_jax.train.routing_record import Routing
+from moe_jax.train.routing_record import Routing, overlap
 from moe_jax.train.state import TrainState, create
 from moe_jax.train.step import make_eval_step, make_train_step
 
 CONFIG = 'experiments/configs/balance.py'
-# of every step: scalars, and by layer
+# of every step: scalars, and the mean over layers and the largest of
 SCALARS = ('train/lm_loss', 'train/balance_loss', 'train/grad_norm', 'guard/skipped')
 BY_LAYER = (
   'max_vio', 'load_cv', 'entropy', 'margin', 'dead_experts', 'bias_norm', 'dropped', 'grad_norm',
 )  # fmt: skip
+EVALUATED = ('max_vio_global', 'dead_global', 'domain_information', 'coactivation')
 GLOBAL_STEPS = 50  # the last steps, whose loads are summed for the MaxVio of training
 
 
@@ -65,15 +66,16 @@ class Method:
       rows.batch(index, self.cfg.data.batch_size), sh.batch_sharding(jax.sharding.get_mesh())
     )
 
-  def evaluate(self, state: TrainState) -> tuple[float, Routing]:
+  def evaluate(self, state: TrainState) -> tuple[np.ndarray, Routing]:
+    """The loss of each batch of validation text, and the routing of all."""
     seen = [
       self._eval_step(state, self._batch(self._validation, i), self._bytes_V)
       for i in range(self.cfg.eval.batches)
     ]
-    nats, targets = np.sum([[float(e.nats), float(e.targets)] for e in seen], axis=0)
+    loss_B = np.array([float(e.nats) / float(e.targets) for e in seen])
     routing = Routing.of(seen)
     assert routing is not None
-    return nats / targets, routing
+    return loss_B, routing
 
   def run(self, seed: int) -> dict[str, np.ndarray]:
     """Trains from `seed`; the record of the run by name."""
@@ -89,41 +91,40 @@ class Method:
       if (i + 1) % self.cfg.eval.interval_steps == 0 or i + 1 == self.cfg.steps:
         jax.block_until_ready(metrics)
         paused_s = time.monotonic()
-        loss, routing = self.evaluate(state)
-        evals.append((i + 1, loss))
+        loss_B, routing = self.evaluate(state)
+        evals.append((i + 1, loss_B))
         routings.append(routing)
         begun_s += time.monotonic() - paused_s
     seconds = time.monotonic() - begun_s
     host = [jax.tree.map(np.asarray, m) for m in device]
     load_LE = np.sum([m['router/load'] for m in host[-GLOBAL_STEPS:]], axis=0)
-    last = routings[-1]
     record = {
       'eval_steps': np.array([step for step, _ in evals]),
-      'eval_loss': np.array([loss for _, loss in evals]),
+      'eval_loss': np.stack([loss_B for _, loss_B in evals]),  # by step and batch
       'seconds': np.array(seconds),
       'load_LE': load_LE,
-      'load_LGE': last.load_LGE,
-      'pairs_LEE': last.pairs_LEE,
-      'chosen_NLTK': np.stack([r.chosen_LTK[:, :512] for r in routings]).astype(np.uint8),
-      **{
-        f'eval/{name}': np.array([r.metrics(None)[f'router/{name}'] for r in routings])
-        for name in ('max_vio_global', 'dead_global', 'domain_information', 'coactivation')
-      },
+      'load_LGE': routings[-1].load_LGE,
+      'overlap': np.array([overlap(r.chosen_LTK, routings[-1].chosen_LTK) for r in routings]),
     }
-    names = [*SCALARS, *(f'router/{name}' for name in BY_LAYER)]
-    return record | {
-      name: np.array([m[name] for m in host], np.float32) for name in names if name in host[0]
-    }
+    for name in EVALUATED:
+      record[f'eval/{name}'] = np.array([r.metrics(None)[f'router/{name}'] for r in routings])
+    for name in SCALARS:
+      record[name] = np.array([m[name] for m in host], np.float32)
+    for name in BY_LAYER:
+      values_NL = np.array([m[f'router/{name}'] for m in host], np.float32)
+      record[f'router/{name}'] = values_NL.mean(-1)
+      record[f'worst/{name}'] = values_NL.max(-1)
+    return record
 
 
 def report(method: str, seed: int, cfg: RunConfig, record: dict[str, np.ndarray]) -> str:
   vio_L = record['load_LE'].max(-1) / record['load_LE'].mean(-1) - 1
   rate = (cfg.steps - 1) * cfg.tokens_per_step / record['seconds']
   return (
-    f'{method:15} seed {seed}: validation {record["eval_loss"][-1]:.4f}  MaxVio batch '
+    f'{method:15} seed {seed}: validation {record["eval_loss"][-1].mean():.4f}  MaxVio batch '
     f'{record["router/max_vio"][-20:].mean():.3f}, last steps {vio_L.mean():.3f} (worst '
     f'{vio_L.max():.3f}), evaluation {record["eval/max_vio_global"][-1].mean():.3f}  dead '
-    f'{record["router/dead_experts"][-20:].mean(0).sum():.1f}  refused '
+    f'{record["router/dead_experts"][-20:].mean():.1f} a layer  refused '
     f'{int(record["guard/skipped"].sum())}  {record["seconds"]:.1f} s, {rate:,.0f} tokens/s'
   )
 

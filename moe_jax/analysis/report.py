@@ -15,7 +15,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from moe_jax.analysis import figures, human, style
+from moe_jax.analysis import figures, human, routing_figures, style
+from moe_jax.analysis.stability import stability
 from moe_jax.config import RunConfig
 from moe_jax.config_io import flatten, to_dict
 from moe_jax.train.metrics import Metrics, first_moe_layer, read_metrics
@@ -31,6 +32,10 @@ def write_report(workdir: str | Path) -> Path:
     'loss': figures.loss_figure(metrics, summary),
     'load': figures.load_figure(metrics, first_layer=first_layer),
     'balance': figures.balance_figure(metrics, summary, first_layer=first_layer),
+    'specialisation': routing_figures.specialisation_figure(
+      workdir, sorted(config.get('data', {}).get('domains', {})), first_layer=first_layer
+    ),
+    'saturation': routing_figures.saturation_figure(workdir, first_layer=first_layer),
     'optim': figures.optim_figure(metrics, clip_norm=config.get('optim', {}).get('clip_norm')),
   }
   folder = workdir / 'report'
@@ -98,6 +103,14 @@ def _headline(metrics: Metrics, summary: Mapping[str, Any]) -> list[tuple[str, s
   if summary.get('max_vio'):
     layers = ', '.join(f'{x:.2f}' for x in summary['max_vio'])
     rows.append(('MaxVio at the end', f'**{max(summary["max_vio"]):.2f}** (by layer: {layers})'))
+  if 'router/max_vio_global' in metrics:
+    vio_L = metrics.series('router/max_vio_global')[1][-1]
+    text = f'**{vio_L.max():.2f}** (mean over layers: {vio_L.mean():.2f})'
+    rows.append(('MaxVio over the validation text', text))
+  if 'train/grad_norm' in metrics and 'train/loss' in metrics:
+    found = stability(metrics.series('train/loss')[1], metrics.series('train/grad_norm')[1])
+    text = f'{found.loss_spikes} of the loss, {found.grad_spikes} of the gradient'
+    rows.append(('Spikes', text))
   if 'guard/skipped_total' in metrics:
     rows.append(('Refused steps', f'{metrics.series("guard/skipped_total")[1][-1]:.0f}'))
   if summary.get('device'):

@@ -13,6 +13,7 @@ from moe_jax.analysis.report import write_report
 from moe_jax.config import LogConfig, ModelConfig, OptimConfig, RunConfig
 from moe_jax.config_io import to_dict
 from moe_jax.train.metrics import Metrics, MetricsWriter, read_metrics
+from moe_jax.train.routing_record import Routing
 
 SUMMARY = {
   'steps': 40,
@@ -264,3 +265,18 @@ def test_duration_has_its_two_largest_units(seconds, text):
 )
 def test_size_has_binary_units(num_bytes, text):
   assert human.size(num_bytes) == text
+
+
+def test_report_shows_what_evaluations_recorded_of_the_routing(tmp_path):
+  make_run(tmp_path)
+  config = to_dict(RunConfig()) | {'data': {'domains': {'code': {}, 'plays': {}}}}
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  own_LGE = np.tile(np.kron(np.eye(2), np.full((1, 4), 50.0)), (2, 1, 1))
+  for step in (0, 20, 40):
+    chosen_LTK = np.full((2, 6, 2), [0, 1 + (step > 0)])
+    Routing(own_LGE, np.eye(8)[None].repeat(2, 0), chosen_LTK).save(tmp_path, step)
+  text = write_report(tmp_path).read_text()
+  assert 'A choice of expert tells 1.00 to 1.00 of the 1.00 bits of its domain' in text
+  assert 'Half of the final choices of experts are made by step 20 of 40' in text
+  for name in ('specialisation', 'saturation'):
+    assert matplotlib.image.imread(tmp_path / 'report' / f'{name}.png').shape[1] == 1200

@@ -1,0 +1,222 @@
+"""Tables and pictures of the comparison, from the runs' records.
+
+  python -m experiments.balance.analyse --runs=runs/balance --out=docs/balance
+
+writes tables.md, results.json (numbers of every run) and three pictures.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from moe_jax.analysis import style
+from moe_jax.analysis.stability import stability
+
+# S seeds  B batches of validation text
+
+BASELINE = 'aux 1e-3'
+LAST = 20  # steps that a value at the end is a mean of
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#6B6B6B', '#222222')
+Records = dict[str, dict[int, dict[str, np.ndarray]]]  # by method, by seed
+
+
+def read(folder: Path, arg: str) -> Records:
+  """Every run of one setting of the config; methods in the order of their first run."""
+  found: Records = {}
+  for path in sorted(folder.glob(f'{arg}-*.npz'), key=lambda p: p.stat().st_mtime):
+    method, seed = path.stem.removeprefix(f'{arg}-').rsplit('-', 1)
+    with np.load(path) as file:
+      found.setdefault(method, {})[int(seed)] = dict(file)
+  return found
+
+
+def numbers(record: dict[str, np.ndarray]) -> dict[str, float]:
+  """What the tables say of one run. Means over layers, unless a name says otherwise."""
+  load_LE = record['load_LE']
+  vio_L = load_LE.max(-1) / load_LE.mean(-1) - 1
+  calm = stability(record['train/lm_loss'], record['train/grad_norm'])
+  return {
+    'loss': record['eval_loss'][-1].mean(),
+    'max_vio_batch': record['router/max_vio'][-LAST:].mean(),
+    'max_vio_global': vio_L.mean(),
+    'max_vio_global_worst': vio_L.max(),
+    'max_vio_validation': record['eval/max_vio_global'][-1].mean(),
+    'dead_experts': record['router/dead_experts'][-LAST:].mean(),
+    'domain_information': record['eval/domain_information'][-1].mean(),
+    'loss_spikes': calm.loss_spikes_per_10k,
+    'grad_spikes': calm.grad_spikes_per_10k,
+    'not_finite': calm.not_finite,
+    'tokens_per_s': float('nan') if not record['seconds'] else 1 / float(record['seconds']),
+  }
+
+
+def interval(
+  loss_SB: np.ndarray, base_SB: np.ndarray, *, draws: int = 10_000
+) -> tuple[float, float, float]:
+  """Mean difference of loss, paired by seed and batch, and its 95% bootstrap interval.
+
+  Seeds are drawn anew, then batches within them; with three seeds the interval is rough.
+  """
+  difference_SB = loss_SB - base_SB
+  S, B = difference_SB.shape
+  rng = np.random.default_rng(0)
+  seed_NS = rng.integers(0, S, (draws, S))
+  batch_NB = rng.integers(0, B, (draws, B))
+  mean_N = difference_SB[seed_NS[:, :, None], batch_NB[:, None, :]].mean((1, 2))
+  low, high = np.quantile(mean_N, [0.025, 0.975])
+  return float(difference_SB.mean()), float(low), float(high)
+
+
+def paired(records: Records, method: str, baseline: str) -> tuple[float, float, float] | None:
+  """The interval of a method against the baseline, over the seeds that both have."""
+  both = sorted(set(records[method]) & set(records.get(baseline, {})))
+  if not both or method == baseline:
+    return None
+  loss_SB, base_SB = (
+    np.stack([records[name][seed]['eval_loss'][-1] for seed in both]) for name in (method, baseline)
+  )
+  return interval(loss_SB, base_SB)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+  mean = np.mean(values)
+  return f'{mean:.{digits}f}' + (f' ± {np.std(values):.{digits}f}' if len(values) > 1 else '')
+
+
+def table(records: Records, baseline: str) -> str:
+  """Markdown: a row for each method, mean and deviation over seeds."""
+  head = (
+    'method', 'validation loss', f'against {baseline} (95%)', 'MaxVio, batch', 'MaxVio, global',
+    'dead experts a layer', 'domain bits',
+  )  # fmt: skip
+  rows = [head, ('---',) * len(head)]
+  for method, by_seed in records.items():
+    found = [numbers(r) for r in by_seed.values()]
+    column = lambda name, digits, f=found: _spread([x[name] for x in f], digits)
+    found_interval = paired(records, method, baseline)
+    text = ''
+    if found_interval:
+      mean, low, high = found_interval
+      noise = ', within noise' if low <= 0 <= high else ''
+      text = f'{mean:+.4f} ({low:+.4f} to {high:+.4f}){noise}'
+    rows.append((
+      method, column('loss', 4), text, column('max_vio_batch', 3), column('max_vio_global', 3),
+      column('dead_experts', 1), column('domain_information', 3),
+    ))  # fmt: skip
+  return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+
+
+def stability_table(records: Records) -> str:
+  head = ('method', 'loss spikes per 10k steps', 'gradient spikes per 10k steps',
+          'steps not finite', 'validation loss')  # fmt: skip
+  rows = [head, ('---',) * len(head)]
+  for method, by_seed in records.items():
+    found = [numbers(r) for r in by_seed.values()]
+    column = lambda name, digits, f=found: _spread([x[name] for x in f], digits)
+    rows.append((method, column('loss_spikes', 0), column('grad_spikes', 0),
+                 column('not_finite', 0), column('loss', 3)))  # fmt: skip
+  return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+
+
+@style.styled
+def balance_against_loss(records: Records) -> Figure:
+  """Every run a dot: how uneven its experts are at the end, and its validation loss."""
+  fig, (axes,) = style.panels(4.4)
+  points = {m: [numbers(r) for r in by_seed.values()] for m, by_seed in records.items()}
+  for i, (method, found) in enumerate(points.items()):
+    x, y = ([f[name] for f in found] for name in ('max_vio_global', 'loss'))
+    axes.plot(x, y, 'o', color=COLOURS[i % len(COLOURS)], alpha=0.8, label=method)
+  axes.set_xscale('log')
+  axes.set(xlabel='MaxVio of the last 50 steps together', ylabel='validation loss, nats per token')
+  fig.legend(loc='outside right upper')
+  mean = {m: {k: np.mean([f[k] for f in found]) for k in found[0]} for m, found in points.items()}
+  best = min(mean, key=lambda m: mean[m]['loss'])
+  evenest = min(mean, key=lambda m: mean[m]['max_vio_global'])
+  finding = (
+    f'{best} has the lowest loss, {mean[best]["loss"]:.3f}; {evenest} the most even experts, '
+    f'MaxVio {mean[evenest]["max_vio_global"]:.3f}'
+  )
+  return style.title(fig, finding)
+
+
+@style.styled
+def balance_over_time(records: Records) -> Figure:
+  """MaxVio of every batch, mean over layers and seeds."""
+  fig, (axes,) = style.panels(4.2)
+  ends = {}
+  for i, (method, by_seed) in enumerate(records.items()):
+    curve_N = np.mean([r['router/max_vio'] for r in by_seed.values()], axis=0)
+    kernel = np.ones(9) / 9
+    smooth_N = np.convolve(np.pad(curve_N, 4, mode='edge'), kernel, 'valid')
+    axes.plot(smooth_N, color=COLOURS[i % len(COLOURS)], linewidth=1.4, label=method)
+    ends[method] = curve_N[-LAST:].mean()
+  axes.set(xlabel='step (mean of 9)', ylabel='MaxVio of the batch', yscale='log')
+  fig.legend(loc='outside right upper')
+  worst, best = max(ends, key=lambda m: ends[m]), min(ends, key=lambda m: ends[m])
+  finding = f'MaxVio ends at {ends[worst]:.1f} with {worst} and at {ends[best]:.2f} with {best}'
+  return style.title(fig, finding)
+
+
+@style.styled
+def specialisation(records: Records) -> Figure:
+  """Bits that an expert tells of its token's domain, and its share of choices made early."""
+  fig, (left, right) = style.panels(3.6, columns=2)
+  bits = {}
+  for i, (method, by_seed) in enumerate(records.items()):
+    colour = COLOURS[i % len(COLOURS)]
+    steps = next(iter(by_seed.values()))['eval_steps']
+    info_N = np.mean([r['eval/domain_information'].mean(-1) for r in by_seed.values()], axis=0)
+    same_N = np.mean([r['overlap'].mean(-1) for r in by_seed.values()], axis=0)
+    left.plot(steps, info_N, color=colour, marker='o', markersize=3, label=method)
+    right.plot(steps, same_N, color=colour, marker='o', markersize=3)
+    bits[method] = info_N[-1]
+  left.set(xlabel='step', title='bits of the domain told by the expert', ylim=(0, None))
+  right.set(xlabel='step', title='choices equal to those of the end', ylim=(0, 1))
+  fig.legend(loc='outside right upper')
+  most, least = max(bits, key=lambda m: bits[m]), min(bits, key=lambda m: bits[m])
+  finding = (
+    f'Experts specialise most with {most} ({bits[most]:.2f} bits of their domain), '
+    f'least with {least} ({bits[least]:.2f})'
+  )
+  return style.title(fig, finding)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--runs', type=Path, required=True)
+  parser.add_argument('--out', type=Path, required=True)
+  parser.add_argument('--baseline', default=BASELINE)
+  args = parser.parse_args()
+  args.out.mkdir(parents=True, exist_ok=True)
+  records, stress = read(args.runs, 'h100') or read(args.runs, 'tiny'), read(args.runs, 'stress')
+  parts = [table(records, args.baseline), stability_table(records)]
+  if stress:
+    parts.append('Stress: ten times the learning rate.\n\n' + stability_table(stress))
+  (args.out / 'tables.md').write_text('\n\n'.join(parts) + '\n')
+  results: dict[str, Any] = {
+    name: {
+      method: {
+        seed: {k: round(float(v), 5) for k, v in numbers(r).items()} for seed, r in by.items()
+      }
+      for method, by in of.items()
+    }
+    for name, of in (('runs', records), ('stress', stress))
+  }
+  (args.out / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
+  drawn = {
+    'loss': balance_against_loss(records),
+    'max_vio': balance_over_time(records),
+    'specialisation': specialisation(records),
+  }
+  for name, figure in drawn.items():
+    figure.savefig(args.out / f'{name}.png')
+  print('\n\n'.join(parts))
+
+
+if __name__ == '__main__':
+  main()
