@@ -3,15 +3,16 @@
   python -m experiments.balance.run --tokens=tokens.xz --out=runs/balance \\
     --methods='none,aux 1e-3,loss-free' --seeds=0,1,2
 
-A method is compiled once; a seed changes the initial parameters, never the data or their order.
-Each run leaves OUT/ARG-METHOD-SEED.npz (see `Method.run`); a run that is there is not made again.
+A method is compiled once (start several processes with a method each to use more cores); a seed
+changes the initial parameters, never the data or their order. Each run leaves
+OUT/ARG-METHOD-SEED.npz (see `Method.run`); a run that is there is not made again.
 """
 
 import argparse
 import functools
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +48,23 @@ def configure(method: str, arg: str, changes: dict[str, Any]) -> RunConfig:
 class Method:
   """One method, compiled."""
 
-  def __init__(self, cfg: RunConfig, tokens: Path):
-    self.cfg, length = cfg, cfg.data.sequence_length
+  def __init__(self, cfg: RunConfig, tokens: Path, *, tell: Callable[[str], None]):
+    self.cfg, length, self._tell = cfg, cfg.data.sequence_length, tell
     self._train, self._validation = (
       Rows(tokens, split, length=length) for split in ('train', 'validation')
     )
     self._bytes_V, key = np.zeros(cfg.model.vocab_size, np.int32), jax.random.key(0)
     make = jax.jit(functools.partial(create, cfg))
+    tell('compiling the initial state')
     self._create = make.lower(key).compile()
     state, batch = jax.eval_shape(make, key), self._batch(self._train, 0)
     step: Any = jax.jit(make_train_step(cfg), donate_argnums=0)
+    tell('compiling the step')
     self._step = step.lower(state, batch).compile()
     eval_step: Any = jax.jit(make_eval_step(cfg))
+    tell('compiling the evaluation')
     self._eval_step = eval_step.lower(state, batch, self._bytes_V).compile()
+    tell('compiled')
 
   def _batch(self, rows: Rows, index: int) -> dict[str, jax.Array]:
     return jax.device_put(
@@ -88,6 +93,8 @@ class Method:
       if i == 0:
         jax.block_until_ready(metrics)
         begun_s = time.monotonic()
+      if i in (0, 10, 30):
+        self._tell(f'seed {seed} has done step {i + 1}')
       if (i + 1) % self.cfg.eval.interval_steps == 0 or i + 1 == self.cfg.steps:
         jax.block_until_ready(metrics)
         paused_s = time.monotonic()
@@ -141,33 +148,25 @@ def main() -> None:
   args.out.mkdir(parents=True, exist_ok=True)
   # refused before anything starts
   cfgs = {m: configure(m, args.arg, json.loads(args.set)) for m in args.methods.split(',')}
-  todo = {
-    name: {
-      seed: path
-      for seed in map(int, args.seeds.split(','))
-      if not (path := args.out / f'{args.arg}-{name}-{seed}.npz').exists()
-    }
-    for name in cfgs
-  }
-  with ThreadPoolExecutor() as pool:  # methods compile side by side and run one by one
-    made = {n: pool.submit(compiled, cfgs[n], args.tokens) for n, seeds in todo.items() if seeds}
-    for name, method in made.items():
+  with jax.set_mesh(sh.make_mesh((1, 1, 1))):
+    for name, cfg in cfgs.items():
+      paths = {
+        seed: args.out / f'{args.arg}-{name}-{seed}.npz' for seed in map(int, args.seeds.split(','))
+      }
+      todo = {seed: path for seed, path in paths.items() if not path.exists()}
       try:
-        for seed, path in todo[name].items():
-          with jax.set_mesh(sh.make_mesh((1, 1, 1))):
-            record = method.result().run(seed)
+        method = Method(cfg, args.tokens, tell=functools.partial(tell, name)) if todo else None
+        for seed, path in todo.items():
+          assert method is not None
+          record = method.run(seed)
           np.savez_compressed(path, **record)  # pyright: ignore[reportArgumentType]
-          print(report(name, seed, cfgs[name], record), flush=True)
+          print(report(name, seed, cfg, record), flush=True)
       except Exception as e:  # the other methods go on
         print(f'{name}: FAILED: {type(e).__name__}: {str(e)[:600]}', flush=True)
 
 
-def compiled(cfg: RunConfig, tokens: Path) -> Method:
-  begun_s = time.monotonic()
-  with jax.set_mesh(sh.make_mesh((1, 1, 1))):
-    method = Method(cfg, tokens)
-  print(f'{cfg.balance}: compiled in {time.monotonic() - begun_s:.1f} s', flush=True)
-  return method
+def tell(method: str, text: str) -> None:
+  print(f'{time.strftime("%H:%M:%S")} {method}: {text}', flush=True)
 
 
 if __name__ == '__main__':
