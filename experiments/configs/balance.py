@@ -1,4 +1,4 @@
-"""The model on which balancing methods are compared: 0.1B active of 0.46B, 64 experts, 6 domains.
+"""The model on which balancing methods are compared: 0.11B active of 0.49B, 64 experts, 6 domains.
 
   python -m experiments.balance.run --tokens=tokens.xz --out=runs/balance
 
@@ -18,7 +18,7 @@ DOMAINS = ('code_cpp', 'code_py', 'en_api', 'en_lit', 'en_ref', 'xx_he')
 
 def get_config(arg: str = 'h100') -> ml_collections.ConfigDict:
   c = base()
-  c.steps = 300
+  c.steps = 260
   c.precision = 'bfloat16'
   c.balance = 'loss_free'
 
@@ -29,6 +29,7 @@ def get_config(arg: str = 'h100') -> ml_collections.ConfigDict:
   c.model.num_dense_layers = 1
   c.model.d_ff = 2048
   c.model.init_std = 0.02
+  c.model.remat = 'light'
   c.model.full = dict(num_heads=6, d_head=128)
   c.model.moe.num_experts = 64
   c.model.moe.top_k = 6
@@ -48,13 +49,15 @@ def get_config(arg: str = 'h100') -> ml_collections.ConfigDict:
   c.optim.lr_end_fraction = 0.02
   # spikes are what is counted: only steps that are not finite are refused
   c.guard.sigmas = 1e9
-  c.eval.interval_steps = 50
+  c.eval.interval_steps = 65
   c.eval.batches = 10
   c.checkpoint.interval_steps = 1_000
 
   if arg == 'stress':
+    c.steps = 100
     c.optim.lr_peak = 1e-2
     c.optim.warmup_steps = 5
+    c.eval.interval_steps = 50
   if arg == 'tiny':
     c.steps = 120
     c.precision = 'float32'
