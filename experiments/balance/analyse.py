@@ -40,18 +40,23 @@ def numbers(record: dict[str, np.ndarray]) -> dict[str, float]:
   load_LE = record['load_LE']
   vio_L = load_LE.max(-1) / load_LE.mean(-1) - 1
   calm = stability(record['train/lm_loss'], record['train/grad_norm'])
-  return {
-    'loss': record['eval_loss'][-1].mean(),
+  evaluated = {}
+  if 'eval_loss' in record:
+    evaluated = {
+      'loss': record['eval_loss'][-1].mean(),
+      'max_vio_validation': record['eval/max_vio_global'][-1].mean(),
+      'domain_information': record['eval/domain_information'][-1].mean(),
+    }
+  return evaluated | {
+    'training_loss': np.nanmean(record['train/lm_loss'][-LAST:]),
     'max_vio_batch': record['router/max_vio'][-LAST:].mean(),
     'max_vio_global': vio_L.mean(),
     'max_vio_global_worst': vio_L.max(),
-    'max_vio_validation': record['eval/max_vio_global'][-1].mean(),
     'dead_experts': record['router/dead_experts'][-LAST:].mean(),
-    'domain_information': record['eval/domain_information'][-1].mean(),
     'loss_spikes': calm.loss_spikes_per_10k,
     'grad_spikes': calm.grad_spikes_per_10k,
     'not_finite': calm.not_finite,
-    'tokens_per_s': float('nan') if not record['seconds'] else 1 / float(record['seconds']),
+    'seconds': record['seconds'],
   }
 
 
@@ -113,13 +118,13 @@ def table(records: Records, baseline: str) -> str:
 
 def stability_table(records: Records) -> str:
   head = ('method', 'loss spikes per 10k steps', 'gradient spikes per 10k steps',
-          'steps not finite', 'validation loss')  # fmt: skip
+          'steps not finite', 'training loss at the end')  # fmt: skip
   rows = [head, ('---',) * len(head)]
   for method, by_seed in records.items():
     found = [numbers(r) for r in by_seed.values()]
     column = lambda name, digits, f=found: _spread([x[name] for x in f], digits)
     rows.append((method, column('loss_spikes', 0), column('grad_spikes', 0),
-                 column('not_finite', 0), column('loss', 3)))  # fmt: skip
+                 column('not_finite', 0), column('training_loss', 3)))  # fmt: skip
   return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
 
 

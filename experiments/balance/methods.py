@@ -15,7 +15,7 @@ METHODS: dict[str, dict[str, Any]] = {
     'routing.loss_free.rule': 'proportional',
     'routing.loss_free.rate': 1e-2,
   },
-  'SMEBU': {'balance': 'smebu', 'routing.smebu.rate': 3e-3},
+  'SMEBU': {'balance': 'smebu', 'routing.smebu.rate': 1e-2},
   'quantile': {'balance': 'quantile'},
   'SimBal': {'balance': 'simbal'},
   'ReLU': {'balance': 'relu', 'routing.relu.lambda_start': 1e-5},

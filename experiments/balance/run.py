@@ -48,8 +48,9 @@ def configure(method: str, arg: str, changes: dict[str, Any]) -> RunConfig:
 class Method:
   """One method, compiled."""
 
-  def __init__(self, cfg: RunConfig, tokens: Path, *, tell: Callable[[str], None]):
+  def __init__(self, cfg: RunConfig, tokens: Path, *, evaluates: bool, tell: Callable[[str], None]):
     self.cfg, length, self._tell = cfg, cfg.data.sequence_length, tell
+    self._evaluates = evaluates
     self._train, self._validation = (
       Rows(tokens, split, length=length) for split in ('train', 'validation')
     )
@@ -61,9 +62,10 @@ class Method:
     step: Any = jax.jit(make_train_step(cfg), donate_argnums=0)
     tell('compiling the step')
     self._step = step.lower(state, batch).compile()
-    eval_step: Any = jax.jit(make_eval_step(cfg))
-    tell('compiling the evaluation')
-    self._eval_step = eval_step.lower(state, batch, self._bytes_V).compile()
+    if evaluates:
+      tell('compiling the evaluation')
+      eval_step: Any = jax.jit(make_eval_step(cfg))
+      self._eval_step = eval_step.lower(state, batch, self._bytes_V).compile()
     tell('compiled')
 
   def _batch(self, rows: Rows, index: int) -> dict[str, jax.Array]:
@@ -95,7 +97,8 @@ class Method:
         begun_s = time.monotonic()
       if i in (0, 10, 30):
         self._tell(f'seed {seed} has done step {i + 1}')
-      if (i + 1) % self.cfg.eval.interval_steps == 0 or i + 1 == self.cfg.steps:
+      due = (i + 1) % self.cfg.eval.interval_steps == 0 or i + 1 == self.cfg.steps
+      if due and self._evaluates:
         jax.block_until_ready(metrics)
         paused_s = time.monotonic()
         loss_B, routing = self.evaluate(state)
@@ -105,16 +108,16 @@ class Method:
     seconds = time.monotonic() - begun_s
     host = [jax.tree.map(np.asarray, m) for m in device]
     load_LE = np.sum([m['router/load'] for m in host[-GLOBAL_STEPS:]], axis=0)
-    record = {
-      'eval_steps': np.array([step for step, _ in evals]),
-      'eval_loss': np.stack([loss_B for _, loss_B in evals]),  # by step and batch
-      'seconds': np.array(seconds),
-      'load_LE': load_LE,
-      'load_LGE': routings[-1].load_LGE,
-      'overlap': np.array([overlap(r.chosen_LTK, routings[-1].chosen_LTK) for r in routings]),
-    }
-    for name in EVALUATED:
-      record[f'eval/{name}'] = np.array([r.metrics(None)[f'router/{name}'] for r in routings])
+    record = {'seconds': np.array(seconds), 'load_LE': load_LE}
+    if evals:
+      record |= {
+        'eval_steps': np.array([step for step, _ in evals]),
+        'eval_loss': np.stack([loss_B for _, loss_B in evals]),  # by step and batch
+        'load_LGE': routings[-1].load_LGE,
+        'overlap': np.array([overlap(r.chosen_LTK, routings[-1].chosen_LTK) for r in routings]),
+      }
+      for name in EVALUATED:
+        record[f'eval/{name}'] = np.array([r.metrics(None)[f'router/{name}'] for r in routings])
     for name in SCALARS:
       record[name] = np.array([m[name] for m in host], np.float32)
     for name in BY_LAYER:
@@ -127,12 +130,18 @@ class Method:
 def report(method: str, seed: int, cfg: RunConfig, record: dict[str, np.ndarray]) -> str:
   vio_L = record['load_LE'].max(-1) / record['load_LE'].mean(-1) - 1
   rate = (cfg.steps - 1) * cfg.tokens_per_step / record['seconds']
+  evaluated = ''
+  if 'eval_loss' in record:
+    evaluated = (
+      f'validation {record["eval_loss"][-1].mean():.4f}, MaxVio there '
+      f'{record["eval/max_vio_global"][-1].mean():.3f}; '
+    )
   return (
-    f'{method:15} seed {seed}: validation {record["eval_loss"][-1].mean():.4f}  MaxVio batch '
-    f'{record["router/max_vio"][-20:].mean():.3f}, last steps {vio_L.mean():.3f} (worst '
-    f'{vio_L.max():.3f}), evaluation {record["eval/max_vio_global"][-1].mean():.3f}  dead '
-    f'{record["router/dead_experts"][-20:].mean():.1f} a layer  refused '
-    f'{int(record["guard/skipped"].sum())}  {record["seconds"]:.1f} s, {rate:,.0f} tokens/s'
+    f'{method:15} seed {seed}: {evaluated}training {record["train/lm_loss"][-20:].mean():.4f}, '
+    f'MaxVio batch {record["router/max_vio"][-20:].mean():.3f}, last steps {vio_L.mean():.3f} '
+    f'(worst {vio_L.max():.3f}), dead {record["router/dead_experts"][-20:].mean():.1f} a layer; '
+    f'refused {int(record["guard/skipped"].sum())}, {record["seconds"]:.1f} s, '
+    f'{rate:,.0f} tokens/s'
   )
 
 
@@ -155,9 +164,12 @@ def main() -> None:
       }
       todo = {seed: path for seed, path in paths.items() if not path.exists()}
       try:
-        method = Method(cfg, args.tokens, tell=functools.partial(tell, name)) if todo else None
+        if not todo:
+          continue
+        # what a stress run is judged by needs no evaluation
+        evaluates, say = args.arg != 'stress', functools.partial(tell, name)
+        method = Method(cfg, args.tokens, evaluates=evaluates, tell=say)
         for seed, path in todo.items():
-          assert method is not None
           record = method.run(seed)
           np.savez_compressed(path, **record)  # pyright: ignore[reportArgumentType]
           print(report(name, seed, cfg, record), flush=True)

@@ -18,7 +18,7 @@ DOMAINS = ('code_cpp', 'code_py', 'en_api', 'en_lit', 'en_ref', 'xx_he')
 
 def get_config(arg: str = 'h100') -> ml_collections.ConfigDict:
   c = base()
-  c.steps = 260
+  c.steps = 220
   c.precision = 'bfloat16'
   c.balance = 'loss_free'
 
@@ -29,7 +29,7 @@ def get_config(arg: str = 'h100') -> ml_collections.ConfigDict:
   c.model.num_dense_layers = 1
   c.model.d_ff = 2048
   c.model.init_std = 0.02
-  c.model.remat = 'light'
+  c.model.remat = 'selective'
   c.model.full = dict(num_heads=6, d_head=128)
   c.model.moe.num_experts = 64
   c.model.moe.top_k = 6
@@ -45,22 +45,23 @@ def get_config(arg: str = 'h100') -> ml_collections.ConfigDict:
   c.data.sequence_length = 1024
 
   c.optim.lr_peak = 1e-3
-  c.optim.warmup_steps = 30
+  c.optim.warmup_steps = 20
+  c.optim.moments_dtype = 'bfloat16'
   c.optim.lr_end_fraction = 0.02
   # spikes are what is counted: only steps that are not finite are refused
   c.guard.sigmas = 1e9
-  c.eval.interval_steps = 65
-  c.eval.batches = 10
+  c.eval.interval_steps = 110
+  c.eval.batches = 8
   c.checkpoint.interval_steps = 1_000
 
   if arg == 'stress':
-    c.steps = 100
+    c.steps = 80
     c.optim.lr_peak = 1e-2
     c.optim.warmup_steps = 5
-    c.eval.interval_steps = 50
   if arg == 'tiny':
     c.steps = 120
     c.precision = 'float32'
+    c.model.remat = 'none'
     c.model.d_model = 64
     c.model.num_layers = 3
     c.model.d_ff = 128
