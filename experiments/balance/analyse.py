@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from moe_jax.analysis import style
 from moe_jax.analysis.stability import stability
@@ -128,6 +130,12 @@ def stability_table(records: Records) -> str:
   return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
 
 
+def _legend(beside: Axes, of: Axes | None = None) -> None:
+  """Names of the lines, right of the axes."""
+  handles, labels = (of or beside).get_legend_handles_labels()
+  beside.legend(handles, labels, loc='upper left', bbox_to_anchor=(1.01, 1))
+
+
 @style.styled
 def balance_against_loss(records: Records) -> Figure:
   """Every run a dot: how uneven its experts are at the end, and its validation loss."""
@@ -137,8 +145,11 @@ def balance_against_loss(records: Records) -> Figure:
     x, y = ([f[name] for f in found] for name in ('max_vio_global', 'loss'))
     axes.plot(x, y, 'o', color=COLOURS[i % len(COLOURS)], alpha=0.8, label=method)
   axes.set_xscale('log')
+  plain = FuncFormatter(lambda x, _: f'{x:g}')
+  axes.xaxis.set_major_formatter(plain)
+  axes.xaxis.set_minor_formatter(NullFormatter())
   axes.set(xlabel='MaxVio of the last 50 steps together', ylabel='validation loss, nats per token')
-  fig.legend(loc='outside right upper')
+  _legend(axes)
   mean = {m: {k: np.mean([f[k] for f in found]) for k in found[0]} for m, found in points.items()}
   best = min(mean, key=lambda m: mean[m]['loss'])
   evenest = min(mean, key=lambda m: mean[m]['max_vio_global'])
@@ -161,7 +172,9 @@ def balance_over_time(records: Records) -> Figure:
     axes.plot(smooth_N, color=COLOURS[i % len(COLOURS)], linewidth=1.4, label=method)
     ends[method] = curve_N[-LAST:].mean()
   axes.set(xlabel='step (mean of 9)', ylabel='MaxVio of the batch', yscale='log')
-  fig.legend(loc='outside right upper')
+  _legend(axes)
+  for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+    set_formatter(FuncFormatter(lambda y, _: f'{y:g}' if f'{y:e}'[0] in '125' else ''))
   worst, best = max(ends, key=lambda m: ends[m]), min(ends, key=lambda m: ends[m])
   finding = f'MaxVio ends at {ends[worst]:.1f} with {worst} and at {ends[best]:.2f} with {best}'
   return style.title(fig, finding)
@@ -169,24 +182,21 @@ def balance_over_time(records: Records) -> Figure:
 
 @style.styled
 def specialisation(records: Records) -> Figure:
-  """Bits that an expert tells of its token's domain, and its share of choices made early."""
-  fig, (left, right) = style.panels(3.6, columns=2)
-  bits = {}
-  for i, (method, by_seed) in enumerate(records.items()):
-    colour = COLOURS[i % len(COLOURS)]
-    steps = next(iter(by_seed.values()))['eval_steps']
-    info_N = np.mean([r['eval/domain_information'].mean(-1) for r in by_seed.values()], axis=0)
-    same_N = np.mean([r['overlap'].mean(-1) for r in by_seed.values()], axis=0)
-    left.plot(steps, info_N, color=colour, marker='o', markersize=3, label=method)
-    right.plot(steps, same_N, color=colour, marker='o', markersize=3)
-    bits[method] = info_N[-1]
-  left.set(xlabel='step', title='bits of the domain told by the expert', ylim=(0, None))
-  right.set(xlabel='step', title='choices equal to those of the end', ylim=(0, 1))
-  fig.legend(loc='outside right upper')
-  most, least = max(bits, key=lambda m: bits[m]), min(bits, key=lambda m: bits[m])
+  """Bits that an expert tells of its token's domain at the end: mean, and every run a dot."""
+  bits = {
+    method: [numbers(r)['domain_information'] for r in by_seed.values()]
+    for method, by_seed in records.items()
+  }
+  order = sorted(bits, key=lambda m: np.mean(bits[m]))
+  fig, (axes,) = style.panels(0.9 + 0.34 * len(order))
+  axes.barh(order, [np.mean(bits[m]) for m in order], color='#BBD7EA', height=0.6)
+  for method in order:
+    axes.plot(bits[method], [method] * len(bits[method]), 'o', color=style.BLUE, markersize=4)
+  axes.set_xlabel('mutual information of expert and domain, bits (six equal domains: 2.58)')
+  axes.grid(axis='y', visible=False)
   finding = (
-    f'Experts specialise most with {most} ({bits[most]:.2f} bits of their domain), '
-    f'least with {least} ({bits[least]:.2f})'
+    f'Experts specialise most with {order[-1]} ({np.mean(bits[order[-1]]):.2f} bits of the domain), '
+    f'least with {order[0]} ({np.mean(bits[order[0]]):.2f})'
   )
   return style.title(fig, finding)
 
