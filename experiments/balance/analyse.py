@@ -195,8 +195,8 @@ def specialisation(records: Records) -> Figure:
   axes.set_xlabel('mutual information of expert and domain, bits (six equal domains: 2.58)')
   axes.grid(axis='y', visible=False)
   finding = (
-    f'Experts specialise most with {order[-1]} ({np.mean(bits[order[-1]]):.2f} bits of the domain), '
-    f'least with {order[0]} ({np.mean(bits[order[0]]):.2f})'
+    f'Experts specialise most with {order[-1]} ({np.mean(bits[order[-1]]):.2f} bits of the '
+    f'domain), least with {order[0]} ({np.mean(bits[order[0]]):.2f})'
   )
   return style.title(fig, finding)
 
