@@ -1,6 +1,6 @@
-"""Tables and pictures of the comparison, from the runs' records.
+"""Tables and pictures of a comparison of balancing methods, from its runs' records.
 
-  python -m experiments.balance.analyse --runs=runs/balance --out=docs/balance
+  python -m moe_jax.analysis.balance --runs=runs/balance --out=docs/balance
 
 writes tables.md, results.json (numbers of every run) and three pictures.
 """
