@@ -176,11 +176,11 @@ def test_bad_input_is_one_clear_line():
 
 
 def test_fallback_is_logged_once_with_its_reason(caplog):
-  from moe_jax.ops.grouped_matmul import choose
+  from moe_jax.ops.grouped_matmul import backends
 
-  choose.log_fallback.cache_clear()
+  backends.log_fallback.cache_clear()
   x, w, sizes = jnp.zeros((8, 4)), jnp.zeros((2, 4, 6)), jnp.array([3, 5], jnp.int32)
-  with caplog.at_level(logging.INFO, choose.__name__):
+  with caplog.at_level(logging.INFO, backends.__name__):
     grouped_matmul(x, w, sizes)
     grouped_matmul(x, w, sizes)
   assert [r.getMessage() for r in caplog.records] == [

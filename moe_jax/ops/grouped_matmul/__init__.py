@@ -17,7 +17,7 @@ import numpy as np
 from jax.core import Tracer
 
 from moe_jax.ops.grouped_matmul import layout, mosaic_gpu, xla
-from moe_jax.ops.grouped_matmul.choose import choose
+from moe_jax.ops.grouped_matmul.backends import choose
 from moe_jax.ops.grouped_matmul.fp8 import grouped_matmul_fp8, weight_grad_fp8
 from moe_jax.ops.grouped_matmul.layout import padded_offsets
 

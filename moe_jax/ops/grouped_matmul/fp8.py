@@ -22,7 +22,7 @@ import numpy as np
 from jax.core import Tracer
 
 from moe_jax.ops.grouped_matmul import layout, mosaic_gpu, xla
-from moe_jax.ops.grouped_matmul.choose import choose
+from moe_jax.ops.grouped_matmul.backends import choose
 from moe_jax.ops.quantize import TILE, Quantized, dequantize_blocks, dequantize_rows
 
 
