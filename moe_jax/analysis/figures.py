@@ -200,6 +200,26 @@ def optim_figure(metrics: Metrics, *, clip_norm: float | None = None) -> Figure 
   return style.title(fig, finding)
 
 
+@style.styled
+def precision_figure(metrics: Metrics) -> Figure | None:
+  """What FP8 does to the worst layer: relative error of its operands, and gradient lost."""
+  if 'fp8/gradients_error' not in metrics:
+    return None
+  fig, (error, lost) = style.panels(5.6, rows=2)
+  told = {}
+  for kind, colour in (('activations', BLUE), ('weights', GREEN), ('gradients', ORANGE)):
+    steps, error_NL = metrics.series(f'fp8/{kind}_error')
+    told[kind] = error_NL[-1].max()
+    error.plot(steps, 100 * error_NL.max(1), color=colour, label=kind, **style.dots(steps))
+    _, lost_NL = metrics.series(f'fp8/{kind}_lost')
+    lost.plot(steps, 100 * lost_NL.max(1), color=colour, **style.dots(steps))
+  error.set(ylabel='error of FP8 operands, %')
+  error.legend(loc='upper right')
+  lost.set(xlabel='step', ylabel='lost to underflow, %')
+  finding = ', '.join(f'{kind} {value:.1%}' for kind, value in told.items())
+  return style.title(fig, f'Relative error of FP8 operands in the worst layer: {finding}')
+
+
 def smooth(values: np.ndarray) -> tuple[np.ndarray, int]:
   """Centred moving mean over a thirtieth of the points, at most 100, and that number.
 

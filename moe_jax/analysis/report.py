@@ -36,6 +36,7 @@ def write_report(workdir: str | Path) -> Path:
       workdir, sorted(config.get('data', {}).get('domains', {})), first_layer=first_layer
     ),
     'saturation': routing_figures.saturation_figure(workdir, first_layer=first_layer),
+    'precision': figures.precision_figure(metrics),
     'optim': figures.optim_figure(metrics, clip_norm=config.get('optim', {}).get('clip_norm')),
   }
   folder = workdir / 'report'

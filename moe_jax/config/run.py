@@ -244,12 +244,14 @@ class LogConfig:
   load_interval_steps: int = (
     10  # how often the load of every expert is written, not only its extremes
   )
+  precision_interval_steps: int = 100  # how often FP8 policies are watched, see train.watch
+  lost_share: float = 0.01  # of a layer's gradient lost to underflow that brings a warning
   tensorboard: bool = True
   tracker: str = 'none'  # none | wandb | trackio
   project: str = 'moe_jax'
 
   def __post_init__(self):
-    positive(self, 'log', 'load_interval_steps')
+    positive(self, 'log', 'load_interval_steps', 'precision_interval_steps', 'lost_share')
     one_of(self, 'log', 'tracker', TRACKERS)
 
 

@@ -10,6 +10,7 @@ from moe_jax.config import LayerKind, ModelConfig
 from moe_jax.models.attention import KINDS, Where
 from moe_jax.models.layers import FeedForward, RMSNorm
 from moe_jax.models.moe import MoE
+from moe_jax.models.probes import Probe
 from moe_jax.models.residual import RESIDUALS
 from moe_jax.precision import Policy
 from moe_jax.routing import Balance
@@ -37,11 +38,13 @@ class Block(nn.Module):
       c.attention_config(self.kind.attention), c.rope, std, c.norm_eps, self.policy,
       name='attention',
     )  # fmt: skip
-    y_BSD, cache, aux = attention(RMSNorm(c.norm_eps, name='attention_norm')(h_BSD), where, cache)
-    x = checkpoint_name(write(y_BSD), 'stream')
+    probe = lambda site, a: Probe(self.policy, name=f'probe_{site}')(a)
+    h_BSD = probe('attention_in', RMSNorm(c.norm_eps, name='attention_norm')(h_BSD))
+    y_BSD, cache, aux = attention(h_BSD, where, cache)
+    x = checkpoint_name(write(probe('attention_out', y_BSD)), 'stream')
 
     h_BSD, write = site(c, name='feed_forward_residual')(x)
-    h_BSD = RMSNorm(c.norm_eps, name='feed_forward_norm')(h_BSD)
+    h_BSD = probe('feed_forward_in', RMSNorm(c.norm_eps, name='feed_forward_norm')(h_BSD))
     if self.kind.feed_forward == 'dense':
       y_BSD = FeedForward(c.d_ff, std, self.policy, name='dense')(h_BSD)
     else:
@@ -49,4 +52,4 @@ class Block(nn.Module):
       moe = MoE(c.moe, self.balance, std, self.policy, c.vocab_size, hashed, name='moe')
       y_BSD, seen = moe(h_BSD, where)
       aux |= seen
-    return write(y_BSD), cache, aux
+    return write(probe('feed_forward_out', y_BSD)), cache, aux

@@ -21,6 +21,7 @@ from moe_jax.train.routing_record import Routing, saved_steps
 from moe_jax.train.signals import StopSignal
 from moe_jax.train.state import TrainState, create
 from moe_jax.train.step import make_eval_step, make_train_step
+from moe_jax.train.watch import lost_gradient, make_watch
 from moe_jax.train.workdir import Workdir
 
 _log = logging.getLogger(__name__)
@@ -144,6 +145,7 @@ class _Run:
     self.source = sources('train')
     self.evaluate = make_evaluate(cfg, sources('validation'))
     self.train_step = jax.jit(make_train_step(cfg), donate_argnums=0)
+    self.watch = make_watch(cfg)
 
   def start(self) -> TrainState:
     """A fresh state; its checkpoint means that there is always one to go back to."""
@@ -180,7 +182,11 @@ class _Run:
         asked_s = time.monotonic()
         _, batch = next(stream)
         data_s = time.monotonic() - asked_s
+        watched = {}
+        if self.watch and step % cfg.log.precision_interval_steps == 0:
+          watched = self.watch(state, batch)
         state, device_metrics = self.train_step(state, batch)
+        device_metrics |= watched
         step, steps_run = step + 1, steps_run + 1
         # the device is busy with this step; meanwhile the one before is written
         streak, previous_s = self._settle(pending, previous_s)
@@ -231,6 +237,8 @@ class _Run:
       values.pop('router/load', None)
     self.metrics.write(pending.step, values)
     self.screen.update(pending.step, values)
+    if warning := lost_gradient(values, self.cfg.log.lost_share):
+      self.screen.note(f'step {pending.step}: {warning}')
     if values['guard/skipped']:
       reason = f'loss {values["train/loss"]:.4g}, gradient norm {values["train/grad_norm"]:.4g}'
       self.screen.note(f'step {pending.step}: refused ({reason})')

@@ -165,6 +165,12 @@ def first_moe_layer(config: Mapping[str, Any]) -> int:
   return config.get('model', {}).get('num_dense_layers', 0)
 
 
+def first_of(name: str, first_moe: int) -> int:
+  """The layer that a series [L] begins with: FP8 is watched in all layers, routing in those with
+  experts."""
+  return 0 if name.startswith('fp8/') else first_moe
+
+
 class _TensorBoard:
   """Event files; a series [L] becomes one curve a layer, [L, E] one histogram a layer.
 
@@ -195,7 +201,7 @@ class _TensorBoard:
       array = np.asarray(value, np.float64)
       rows = {name: array}
       if array.ndim:
-        layers = enumerate(array, start=self._first_layer)
+        layers = enumerate(array, start=first_of(name, self._first_layer))
         rows = {f'{name}/layer_{layer:02}': row for layer, row in layers}
       for tag, row in rows.items():
         if row.ndim == 0:
@@ -243,7 +249,7 @@ class _Tracker:
       if array.ndim == 0:
         flat[name] = array.item()
       elif array.ndim == 1:  # [L, E] stays in metrics.jsonl: a curve for every expert helps nobody
-        for layer, item in enumerate(array, start=self._first_layer):
+        for layer, item in enumerate(array, start=first_of(name, self._first_layer)):
           flat[f'{name}/layer_{layer:02}'] = item.item()
     if flat:
       self._module.log(flat, step=step)

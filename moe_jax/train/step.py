@@ -42,13 +42,13 @@ def _apply(model: Decoder, params: Any, rest: Any, batch: Batch):
   return total_loss(out.hidden_BSD, head, batch['targets'], batch['loss_mask']), out
 
 
-def _split(batch: Batch, parts: int) -> Batch:
+def split(batch: Batch, parts: int) -> Batch:
   """[B, ...] -> [M, B/M, ...]; each part keeps rows of every device."""
 
-  def split(a: jax.Array) -> jax.Array:
+  def one(a: jax.Array) -> jax.Array:
     return jnp.moveaxis(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 1, 0)
 
-  return jax.tree.map(split, batch)
+  return jax.tree.map(one, batch)
 
 
 def count_targets(cfg: RunConfig, batch: Batch) -> tuple[jax.Array, ...]:
@@ -133,7 +133,7 @@ def loss_and_grads(
   if parts == 1:
     grads, seen = grad_fn(params, batch)
     return seen, grads
-  grads, seen = _sum_over_parts(lambda part: grad_fn(params, part), _split(batch, parts))
+  grads, seen = _sum_over_parts(lambda part: grad_fn(params, part), split(batch, parts))
   return seen, grads
 
 
@@ -158,7 +158,7 @@ def _is_real(a: Any) -> bool:
 def _count(cfg: RunConfig, model: Decoder, params: Any, rest: Any, batch: Batch) -> Any:
   """Collection `counts`: the ideas' sums over the whole batch, before any loss is computed."""
   see = lambda part: _of_ideas(_apply(model, params, rest, part)[1])
-  sums = _sum_over_parts(see, _split(batch, cfg.microbatches))
+  sums = _sum_over_parts(see, split(batch, cfg.microbatches))
   return layers.unstack(rest['router'], 'bias_E', sums, to='sums')
 
 

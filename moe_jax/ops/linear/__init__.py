@@ -6,9 +6,9 @@
   dgrad     dx = dy w^T     along N
   wgrad     dw = x^T dy     along T
 
-Where a product is FP8 the operands are quantised just before it, with scales from themselves; what
-the backward pass keeps of x is then the FP8 values that wgrad will read, one byte each. fp8.py
-says how a product of quantised operands is computed.
+Where a product is FP8 its operands are quantised just before, with scales from themselves; what the
+backward pass keeps of x is then the FP8 values that wgrad will read, one byte each. fp8.py says how
+a product of quantised operands is computed.
 """
 
 import functools
@@ -44,33 +44,34 @@ def linear(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _linear(recipe: Recipe, implementation: str, x_TK: jax.Array, w_KN: jax.Array) -> jax.Array:
-  return _product(recipe.forward, implementation, x_TK, w_KN).astype(x_TK.dtype)
+  x8, _ = fp8.operands(x_TK, recipe.forward, None)
+  return _product(recipe.forward, implementation, x_TK, x8, w_KN)
 
 
 def _forward(recipe: Recipe, implementation: str, x_TK: jax.Array, w_KN: jax.Array):
-  y_TN = _linear(recipe, implementation, x_TK, w_KN)
-  # named within the quantised pair: kept as FP8 wherever it is kept
-  kept = fp8.columns(x_TK, recipe.wgrad, side=0) if recipe.wgrad.is_fp8 else x_TK
-  # an empty array carries x's dtype to the backward pass
-  like = jnp.zeros((0,), x_TK.dtype)
-  return y_TN, (checkpoint_name(kept, 'linear_input'), w_KN, like)
+  x8, x8_KT = fp8.operands(x_TK, recipe.forward, recipe.wgrad)
+  y_TN = _product(recipe.forward, implementation, x_TK, x8, w_KN)
+  # named here: what a remat policy keeps by this name is FP8 where wgrad reads FP8
+  kept = checkpoint_name(x_TK if x8_KT is None else x8_KT, 'linear_input')
+  return y_TN, (kept, w_KN)
 
 
 def _backward(recipe: Recipe, implementation: str, kept: Any, dy_TN: jax.Array):
-  x, w_KN, like = kept
-  dx_TK = _product(recipe.dgrad, implementation, dy_TN, w_KN, transpose_w=True)
-  if recipe.wgrad.is_fp8:
-    dy = fp8.columns(dy_TN, recipe.wgrad, side=1)
-    dw_KN = fp8.weight_grad(x, dy, recipe.wgrad, implementation)
+  x, w_KN = kept
+  dy8, dy8_NT = fp8.operands(dy_TN, recipe.dgrad, recipe.wgrad, side=1)
+  dx_TK = _product(recipe.dgrad, implementation, dy_TN, dy8, w_KN, transpose_w=True)
+  if dy8_NT is not None:
+    dw_KN = fp8.weight_grad(
+      x, dy8_NT, recipe.wgrad, implementation, shape=w_KN.shape, dtype=w_KN.dtype
+    )
   else:
-    cast = lambda a, dtype: a.astype(dtype)
     dw_KN = jnp.einsum(
       'tk,tn->kn',
-      cast(x, recipe.wgrad.first),
-      cast(dy_TN, recipe.wgrad.second),
+      x.astype(recipe.wgrad.first),
+      dy_TN.astype(recipe.wgrad.second),
       preferred_element_type=jnp.float32,
-    )
-  return dx_TK.astype(like.dtype), dw_KN.astype(w_KN.dtype)
+    ).astype(w_KN.dtype)
+  return dx_TK, dw_KN
 
 
 _linear.defvjp(_forward, _backward)
@@ -80,16 +81,20 @@ def _product(
   product: Product,
   implementation: str,
   x_TK: jax.Array,
+  x8: Any,
   w: jax.Array,
   *,
   transpose_w: bool = False,
 ) -> jax.Array:
-  """x w for w [K, N], or x w^T for w [N, K]."""
-  if product.is_fp8:
-    return fp8.matmul(x_TK, w, product, implementation, transpose_w=transpose_w)
+  """x w for w [K, N], x w^T for w [N, K], in x's dtype; of the quantised x where there is one."""
+  if x8 is not None:
+    return fp8.matmul(
+      x8, w, product, implementation,
+      transpose_w=transpose_w, num_rows=x_TK.shape[0], dtype=x_TK.dtype,
+    )  # fmt: skip
   return jnp.einsum(
     'tk,nk->tn' if transpose_w else 'tk,kn->tn',
     x_TK.astype(product.first),
     w.astype(product.second),
     preferred_element_type=jnp.float32,
-  )
+  ).astype(x_TK.dtype)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from moe_jax.ops import quantize
 from moe_jax.ops.grouped_matmul import mosaic_gpu
+from moe_jax.ops.grouped_matmul.fp8 import grouped_matmul_fp8, weight_grad_fp8
 from moe_jax.ops.quantize import TILE, Quantized
 from moe_jax.ops.recipe import Product, Recipe
 
@@ -34,50 +35,97 @@ def choose(recipe: Recipe, implementation: str | None) -> str:
 def _refusal(recipe: Recipe) -> str | None:
   if not mosaic_gpu.on_hopper():
     return f'FP8 products need a Hopper GPU, this is {jax.devices()[0].device_kind}'
-  if any(product.is_fp8 and product.scaling == 'block' for product in recipe):
-    return 'block scales have no kernel here yet'
   return None
 
 
+def operands(
+  x_TK: jax.Array, along_K: Product | None, along_T: Product | None, *, side: int = 0
+) -> tuple[Quantized | None, Quantized | None]:
+  """x for a product that contracts along K, [T, K], and for one along T, transposed: [K, T].
+
+  Each is None where its product is not FP8. Both are made of one reading of x where they can be.
+
+  Args:
+    side: which operand of `along_T` this is.
+  """
+  rows = along_K.formats()[0] if along_K and along_K.is_fp8 else None
+  columns = along_T.formats()[side] if along_T and along_T.is_fp8 else None
+  tensor = lambda product: product is not None and product.scaling == 'tensor'
+  if tensor(along_K) or tensor(along_T):
+    row = columns_T = None
+    if rows:
+      row = quantize.quantize_tensor(x_TK, rows) if tensor(along_K) else _rows(x_TK, rows)
+    if columns and tensor(along_T):
+      whole = row if row and tensor(along_K) and rows == columns else None
+      whole = whole or quantize.quantize_tensor(x_TK, columns)
+      columns_T = Quantized(whole.values.T, whole.scale)
+    elif columns:
+      columns_T = quantize.quantize_columns(_pad(x_TK, (TILE, TILE)), columns)
+    return row, columns_T
+  if rows and rows == columns:
+    return quantize.quantize_rows_and_columns(_pad(x_TK, (TILE, TILE)), rows)
+  return (
+    _rows(x_TK, rows) if rows else None,
+    quantize.quantize_columns(_pad(x_TK, (TILE, TILE)), columns) if columns else None,
+  )
+
+
+def _rows(x_TK: jax.Array, fmt: quantize.Format) -> Quantized:
+  return quantize.quantize_rows(_pad(x_TK, (TILE, TILE)), fmt)
+
+
 def matmul(
-  x_TK: jax.Array, w: jax.Array, product: Product, implementation: str, *, transpose_w: bool
+  x: Quantized,
+  w: jax.Array,
+  product: Product,
+  implementation: str,
+  *,
+  transpose_w: bool,
+  num_rows: int,
+  dtype: jnp.dtype,
 ) -> jax.Array:
-  """x w for w [K, N], x w^T for w [N, K], with `transpose_w`."""
-  first, second = product.formats()
-  N = w.shape[0 if transpose_w else 1]
+  """x w for w [K, N], x w^T for w [N, K] with `transpose_w`: [num_rows, N] in `dtype`.
+
+  Args:
+    x: of `operands`, padded where blocks need it.
+  """
+  fmt, N = product.formats()[1], w.shape[0 if transpose_w else 1]
   if product.scaling == 'tensor':
-    x8, w8 = quantize.quantize_tensor(x_TK, first), quantize.quantize_tensor(w, second)
+    w8 = quantize.quantize_tensor(w, fmt)
     w8_NK = w8 if transpose_w else Quantized(w8.values.T, w8.scale)
     # rounded before it is scaled: cuBLASLt then writes 16 bits, and the scaling joins what follows
-    return _tensor_product(x8, w8_NK, implementation, x_TK.dtype)
-  x8 = quantize.quantize_rows(_pad(x_TK, (1, TILE)), first)
-  w8 = quantize.quantize_blocks(_pad(w, (TILE, TILE)), second)
-  w8_NK = w8 if transpose_w else quantize.transpose_blocks(w8)
+    return _tensor_product(x, w8_NK, implementation, dtype).astype(dtype)
+  blocks = quantize.quantize_blocks if transpose_w else quantize.quantize_blocks_transposed
+  w8_NK = blocks(_pad(w, (TILE, TILE)), fmt)
   if implementation == 'simulated':
-    y = _float32_product(quantize.dequantize_rows(x8), quantize.dequantize_blocks(w8_NK))
+    y = _float32_product(quantize.dequantize_rows(x), quantize.dequantize_blocks(w8_NK))
   else:
-    y = _kernel_rows(x8, w8_NK, x_TK.dtype)
-  return y[:, :N]
-
-
-def columns(x_TK: jax.Array, product: Product, *, side: int) -> Quantized:
-  """x quantised along T, transposed: [K, T], the first (side 0) or second operand of wgrad."""
-  fmt = product.formats()[side]
-  if product.scaling == 'tensor':
-    x = quantize.quantize_tensor(x_TK, fmt)
-    return Quantized(x.values.T, x.scale)
-  return quantize.quantize_columns(_pad(x_TK, (TILE, 1)), fmt)
+    one = Quantized(w8_NK.values[None], w8_NK.scale[None])
+    y = grouped_matmul_fp8(x, one, _one_group(x.values.shape[0]), dtype=dtype)
+  return y[:num_rows, :N].astype(dtype)
 
 
 def weight_grad(
-  x_KT: Quantized, dy_NT: Quantized, product: Product, implementation: str
+  x_KT: Quantized,
+  dy_NT: Quantized,
+  product: Product,
+  implementation: str,
+  *,
+  shape: tuple[int, int],
+  dtype: jnp.dtype,
 ) -> jax.Array:
-  """x^T dy, [K, N], of the `columns` of both."""
+  """x^T dy, [K, N] = `shape`, of the `operands` of both."""
   if product.scaling == 'tensor':
-    return _tensor_product(x_KT, dy_NT, implementation, jnp.float32)
+    return _tensor_product(x_KT, dy_NT, implementation, jnp.float32).astype(dtype)
   if implementation == 'simulated':
-    return _float32_product(quantize.dequantize_rows(x_KT), quantize.dequantize_rows(dy_NT))
-  return _kernel_columns(x_KT, dy_NT)
+    dw = _float32_product(quantize.dequantize_rows(x_KT), quantize.dequantize_rows(dy_NT))
+  else:
+    dw = weight_grad_fp8(x_KT, dy_NT, _one_group(x_KT.values.shape[1]), dtype=dtype)[0]
+  return dw[: shape[0], : shape[1]].astype(dtype)
+
+
+def _one_group(num_rows: int) -> jax.Array:
+  return jnp.full((1,), num_rows, jnp.int32)
 
 
 def _tensor_product(
@@ -99,11 +147,3 @@ def _pad(a: jax.Array, multiples: tuple[int, int]) -> jax.Array:
   """Zeros behind, up to multiples of these; they change no scale and no sum."""
   missing = [(0, -n % m) for n, m in zip(a.shape, multiples, strict=True)]
   return jnp.pad(a, missing) if any(m for _, m in missing) else a
-
-
-def _kernel_rows(x_TK: Quantized, w_NK: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array:
-  raise NotImplementedError
-
-
-def _kernel_columns(x_KT: Quantized, dy_NT: Quantized) -> jax.Array:
-  raise NotImplementedError

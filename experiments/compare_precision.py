@@ -1,0 +1,176 @@
+"""The same model on the same data under every precision policy: what FP8 costs in loss.
+
+  python -m experiments.compare_precision --config=FILE:ARG --workdir=FOLDER [--only=fp8_block]
+
+Each run starts from the same parameters and sees the same batches; its losses go to
+FOLDER/NAME.json, and a run that is there already is not repeated. `twin` is bfloat16 once more with
+gradients rounded differently: what it is off by is the noise that any change of rounding makes. The
+figure and FOLDER/summary.json have every run's loss relative to bfloat16's, over windows of steps,
+and over the last quarter, DeepSeek-V3's measure of FP8 (below 0.25%; arXiv:2412.19437, B.1).
+"""
+
+# N steps  W windows
+
+import argparse
+import copy
+import functools
+import json
+import operator
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags as absl_flags
+from matplotlib.figure import Figure
+
+from experiments import flags
+from moe_jax import config_io
+from moe_jax import sharding as sh
+from moe_jax.analysis import style
+from moe_jax.config import RunConfig
+from moe_jax.data.pipeline import RowSource, batches
+from moe_jax.precision import check_device
+from moe_jax.train.state import create
+from moe_jax.train.step import make_train_step
+
+RUNS = {
+  'bfloat16': {'precision': 'bfloat16'},
+  'twin': {'precision': 'bfloat16', 'precision_overrides.gradients': 'float32'},
+  'fp8_block': {'precision': 'fp8_block'},
+  'fp8_tensor': {'precision': 'fp8_tensor'},
+  'fp8_block, e5m2 gradients': {
+    'precision': 'fp8_block',
+    **{f'precision_overrides.{kind}_{product}': 'e5m2' for kind in ('linear', 'experts')
+       for product in ('dgrad', 'wgrad')},
+  },
+}  # fmt: skip
+# a loss above the mean of the steps before by this many of their deviations is a spike
+_SPIKE = 6.0
+_REPORTED_EVERY = 100
+
+
+def with_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+  """Nested values with those of dotted names in their places."""
+  values = copy.deepcopy(values)
+  for name, value in overrides.items():
+    *path, last = name.split('.')
+    functools.reduce(operator.getitem, path, values)[last] = value
+  return values
+
+
+def train(cfg: RunConfig, name: str) -> list[float]:
+  """Losses of all steps."""
+  mesh = sh.make_mesh(cfg.check_mesh(jax.device_count()))
+  with jax.set_mesh(mesh):
+    state = jax.jit(functools.partial(create, cfg))(jax.random.key(cfg.seed))
+    step = jax.jit(make_train_step(cfg), donate_argnums=0)
+    source = RowSource(cfg.data, seed=cfg.seed, split='train')
+    stream = batches(
+      source, batch_size=cfg.data.batch_size, sharding=sh.batch_sharding(mesh), start=0
+    )
+    losses: list[Any] = []
+    try:
+      for i, batch in stream:
+        if i == cfg.steps:
+          break
+        state, metrics = step(state, batch)
+        losses.append(metrics['train/lm_loss'])
+        if (i + 1) % _REPORTED_EVERY == 0:
+          print(f'{name}: step {i + 1}/{cfg.steps}, loss {float(losses[-1]):.4f}', flush=True)
+    finally:
+      stream.close()
+    return [float(loss) for loss in losses]
+
+
+def windows(loss_N: np.ndarray, num: int = 40) -> np.ndarray:
+  """Means of `num` equal parts of the run, what is left over at its beginning left out."""
+  size = max(len(loss_N) // num, 1)
+  return loss_N[len(loss_N) % size :].reshape(-1, size).mean(1)
+
+
+def spikes(loss_N: np.ndarray, window: int = 64) -> int:
+  """Steps whose loss lies far above those before."""
+  return sum(
+    loss_N[i] > loss_N[i - window : i].mean() + _SPIKE * loss_N[i - window : i].std()
+    for i in range(window, len(loss_N))
+  )
+
+
+def summarize(losses: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+  """Of each run: loss over the last quarter, relative to bfloat16's, and its spikes."""
+  last = {name: loss_N[-max(len(loss_N) // 4, 1) :].mean() for name, loss_N in losses.items()}
+  return {
+    name: {
+      'loss_last_quarter': float(last[name]),
+      'relative_to_bfloat16': float(last[name] / last['bfloat16'] - 1),
+      'largest_window': float(
+        np.abs(windows(loss_N) / windows(losses['bfloat16']) - 1)[1:].max(initial=0)
+      ),
+      'spikes': int(spikes(loss_N)),
+    }
+    for name, loss_N in losses.items()
+  }
+
+
+@style.styled
+def figure(losses: dict[str, np.ndarray], summary: dict[str, dict[str, float]]) -> Figure:
+  base_W = windows(losses['bfloat16'])
+  steps_W = np.arange(1, len(base_W) + 1) * max(len(losses['bfloat16']) // len(base_W), 1)
+  fig, (axes,) = style.panels(4.2)
+  if 'twin' in losses:
+    noise_W = 100 * np.abs(windows(losses['twin']) / base_W - 1)
+    band_W = np.maximum.accumulate(noise_W[::-1])[::-1]
+    axes.fill_between(
+      steps_W, -band_W, band_W, color=style.GREY, alpha=0.25, label='bfloat16, rounded differently'
+    )
+  colours = [style.BLUE, style.ORANGE, style.GREEN]
+  others = [name for name in losses if name not in ('bfloat16', 'twin')]
+  for name, colour in zip(others, colours, strict=False):
+    off_W = 100 * (windows(losses[name]) / base_W - 1)
+    axes.plot(steps_W, off_W, color=colour, label=name, linewidth=1.4)
+  style.rule(axes, 0.25, '0.25%')
+  axes.set(xlabel='step', ylabel='loss relative to bfloat16, %')
+  axes.legend(loc='upper right')
+  found = [f'{name} {100 * summary[name]["relative_to_bfloat16"]:+.2f}%' for name in others]
+  return style.title(fig, 'Loss over the last quarter against bfloat16: ' + ', '.join(found))
+
+
+def main(argv: list[str]) -> int:
+  parser = argparse.ArgumentParser(prog='python -m experiments.compare_precision')
+  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser.add_argument('--only', default='', help='runs with this name; all without it')
+  args, rest = parser.parse_known_args(argv[1:])
+  values = absl_flags.FlagValues()
+  try:
+    raw, _ = flags.parse([argv[0], *rest], values, flags.define(values))
+    if args.only and args.only not in RUNS:
+      raise ValueError(f'--only={args.only!r} is not one of {", ".join(RUNS)}.')
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    for name, overrides in RUNS.items():
+      path = args.workdir / f'{name}.json'
+      if args.only not in ('', name) or path.exists():
+        continue
+      cfg = config_io.build(with_overrides(raw.to_dict(), overrides))
+      check_device(cfg)
+      path.write_text(json.dumps({'overrides': overrides, 'loss': train(cfg, name)}))
+  except ValueError as error:
+    print(f'error: {flags.one_line(error)}', file=sys.stderr)
+    return 2
+  found = {
+    name: np.array(json.loads(path.read_text())['loss'])
+    for name in RUNS
+    if (path := args.workdir / f'{name}.json').exists()
+  }
+  if 'bfloat16' not in found:
+    return 0
+  summary = summarize(found)
+  (args.workdir / 'summary.json').write_text(json.dumps(summary, indent=1) + '\n')
+  figure(found, summary).savefig(args.workdir / 'loss.png')
+  print(json.dumps(summary, indent=1))
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))
