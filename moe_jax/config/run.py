@@ -298,7 +298,8 @@ class RunConfig:
     positive(self, 'config', 'steps', 'microbatches')
     one_of(self, 'config', 'precision', PRECISIONS)
     if self.precision.startswith('fp8'):
-      widths = {'d_model': self.model.d_model, 'd_ff': self.model.d_ff}
+      # other widths are filled up to whole blocks
+      widths = {'d_model': self.model.d_model}
       if any(layer.feed_forward != 'dense' for layer in self.model.layers):
         widths['moe.d_expert'] = self.model.moe.d_expert
       for name, width in widths.items():

@@ -116,9 +116,9 @@ RULES = [
   (RunConfig, dict(precision='half'), 'config.precision', "'half'", 'float32, bfloat16'),
   (
     RunConfig,
-    dict(precision='fp8_block', model=ModelConfig(d_ff=320, moe=MoEConfig(d_expert=128))),
-    'model.d_ff',
-    '320',
+    dict(precision='fp8_block', model=ModelConfig(d_ff=320, moe=MoEConfig(d_expert=96))),
+    'model.moe.d_expert',
+    '96',
     'must be a multiple of 128',
   ),
   (
