@@ -1,6 +1,7 @@
 """What a run will cost, known before it starts: parameters, FLOPs a token, bytes a device."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from moe_jax import sharding as sh
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.models import mtp
 from moe_jax.ops.cross_entropy import CHUNK_BYTES
+from moe_jax.precision import compute_copy, policy_of
 from moe_jax.train.state import TrainState, make_model
 from moe_jax.train.step import count_targets, mean_loss
 
@@ -146,20 +148,29 @@ def bytes_per_device(tree: Any) -> int:
 def predicted_bytes(cfg: RunConfig, state: TrainState) -> int:
   """Peak bytes of a training step on one device.
 
-  State, gradients, what the backward pass of one micro-batch keeps (exact, from its traced forward
-  pass), what it makes again of one layer at a time under remat, and two blocks of logits. Buffers
-  within one operation, and what the compiler adds, are not counted.
+  State, the rounded copy of the parameters that a step multiplies with, gradients, what the
+  backward pass of one micro-batch keeps (exact, from its traced forward pass), what it makes again
+  of one layer at a time under remat, and two blocks of logits. Buffers within one operation, and
+  what the compiler adds, are not counted.
   """
-  kept = _kept_bytes(cfg, state)
+  copy = jax.eval_shape(functools.partial(compute_copy, policy_of(cfg)), state.params)
+  kept = _kept_bytes(cfg, state, copy)
   if cfg.model.remat != 'none':
     plain = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat='none'))
-    kept += _kept_bytes(plain, state) // cfg.model.num_layers
+    kept += _kept_bytes(plain, state, copy) // cfg.model.num_layers
   logits = 4 * cfg.tokens_per_step // cfg.microbatches * cfg.model.vocab_size
   logits = min(CHUNK_BYTES, logits // jax.sharding.get_abstract_mesh().size)
-  return bytes_per_device(state) + bytes_per_device(state.params) + kept + 2 * logits
+  rounded = sum(
+    bytes_per_device(new)
+    for new, old in zip(jax.tree.leaves(copy), jax.tree.leaves(state.params), strict=True)
+    if new.dtype != old.dtype
+  )
+  # sums over micro-batches are float32
+  gradients = bytes_per_device(copy if cfg.microbatches == 1 else state.params)
+  return bytes_per_device(state) + rounded + gradients + kept + 2 * logits
 
 
-def _kept_bytes(cfg: RunConfig, state: TrainState) -> int:
+def _kept_bytes(cfg: RunConfig, state: TrainState, copy: Any) -> int:
   """Bytes kept between the passes of one micro-batch, the parameters themselves left out."""
   model = make_model(cfg, training=True)
   rows, length = cfg.data.batch_size // cfg.microbatches, cfg.data.sequence_length
@@ -174,5 +185,5 @@ def _kept_bytes(cfg: RunConfig, state: TrainState) -> int:
     loss = lambda p: mean_loss(cfg, model, p, rest, batch, num_targets=targets)
     return jax.vjp(loss, params, has_aux=True)[1]
 
-  residuals = jax.eval_shape(kept, state.params, state.rest)
-  return max(bytes_per_device(residuals) - bytes_per_device(state.params), 0)
+  residuals = jax.eval_shape(kept, copy, state.rest)
+  return max(bytes_per_device(residuals) - bytes_per_device(copy), 0)
