@@ -9,8 +9,6 @@ figure and FOLDER/summary.json have every run's loss relative to bfloat16's, ove
 and over the last quarter, DeepSeek-V3's measure of FP8 (below 0.25%; arXiv:2412.19437, B.1).
 """
 
-# N steps  W windows
-
 import argparse
 import copy
 import functools
@@ -23,12 +21,11 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags as absl_flags
-from matplotlib.figure import Figure
 
 from experiments import flags
 from moe_jax import config_io
 from moe_jax import sharding as sh
-from moe_jax.analysis import style
+from moe_jax.analysis.precision import draw, summarize
 from moe_jax.config import RunConfig
 from moe_jax.data.pipeline import RowSource, batches
 from moe_jax.precision import check_device
@@ -46,8 +43,6 @@ RUNS = {
        for product in ('dgrad', 'wgrad')},
   },
 }  # fmt: skip
-# a loss above the mean of the steps before by this many of their deviations is a spike
-_SPIKE = 6.0
 _REPORTED_EVERY = 100
 
 
@@ -84,59 +79,6 @@ def train(cfg: RunConfig, name: str) -> list[float]:
     return [float(loss) for loss in losses]
 
 
-def windows(loss_N: np.ndarray, num: int = 40) -> np.ndarray:
-  """Means of `num` equal parts of the run, what is left over at its beginning left out."""
-  size = max(len(loss_N) // num, 1)
-  return loss_N[len(loss_N) % size :].reshape(-1, size).mean(1)
-
-
-def spikes(loss_N: np.ndarray, window: int = 64) -> int:
-  """Steps whose loss lies far above those before."""
-  return sum(
-    loss_N[i] > loss_N[i - window : i].mean() + _SPIKE * loss_N[i - window : i].std()
-    for i in range(window, len(loss_N))
-  )
-
-
-def summarize(losses: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-  """Of each run: loss over the last quarter, relative to bfloat16's, and its spikes."""
-  last = {name: loss_N[-max(len(loss_N) // 4, 1) :].mean() for name, loss_N in losses.items()}
-  return {
-    name: {
-      'loss_last_quarter': float(last[name]),
-      'relative_to_bfloat16': float(last[name] / last['bfloat16'] - 1),
-      'largest_window': float(
-        np.abs(windows(loss_N) / windows(losses['bfloat16']) - 1)[1:].max(initial=0)
-      ),
-      'spikes': int(spikes(loss_N)),
-    }
-    for name, loss_N in losses.items()
-  }
-
-
-@style.styled
-def figure(losses: dict[str, np.ndarray], summary: dict[str, dict[str, float]]) -> Figure:
-  base_W = windows(losses['bfloat16'])
-  steps_W = np.arange(1, len(base_W) + 1) * max(len(losses['bfloat16']) // len(base_W), 1)
-  fig, (axes,) = style.panels(4.2)
-  if 'twin' in losses:
-    noise_W = 100 * np.abs(windows(losses['twin']) / base_W - 1)
-    band_W = np.maximum.accumulate(noise_W[::-1])[::-1]
-    axes.fill_between(
-      steps_W, -band_W, band_W, color=style.GREY, alpha=0.25, label='bfloat16, rounded differently'
-    )
-  colours = [style.BLUE, style.ORANGE, style.GREEN]
-  others = [name for name in losses if name not in ('bfloat16', 'twin')]
-  for name, colour in zip(others, colours, strict=False):
-    off_W = 100 * (windows(losses[name]) / base_W - 1)
-    axes.plot(steps_W, off_W, color=colour, label=name, linewidth=1.4)
-  style.rule(axes, 0.25, '0.25%')
-  axes.set(xlabel='step', ylabel='loss relative to bfloat16, %')
-  axes.legend(loc='upper right')
-  found = [f'{name} {100 * summary[name]["relative_to_bfloat16"]:+.2f}%' for name in others]
-  return style.title(fig, 'Loss over the last quarter against bfloat16: ' + ', '.join(found))
-
-
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(prog='python -m experiments.compare_precision')
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
@@ -167,7 +109,7 @@ def main(argv: list[str]) -> int:
     return 0
   summary = summarize(found)
   (args.workdir / 'summary.json').write_text(json.dumps(summary, indent=1) + '\n')
-  figure(found, summary).savefig(args.workdir / 'loss.png')
+  draw(found, summary).savefig(args.workdir / 'loss.png')
   print(json.dumps(summary, indent=1))
   return 0
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments import compare_precision as compare
+from moe_jax.analysis import precision as compare
 
 N = 400
 BASE = 5 * np.exp(-np.arange(N) / 300) + 1
@@ -24,5 +24,5 @@ def test_a_spike_is_counted_where_it_is():
 
 def test_the_picture_states_the_difference():
   losses = {'bfloat16': BASE, 'twin': BASE * 1.0005, 'fp8_block': BASE * 1.001}
-  figure = compare.figure(losses, compare.summarize(losses))
+  figure = compare.draw(losses, compare.summarize(losses))
   assert 'fp8_block +0.10%' in figure.get_suptitle()
