@@ -3,7 +3,7 @@
   python -m experiments.compare_precision --config=FILE:ARG --workdir=FOLDER [--only=fp8_block]
 
 Each run starts from the same parameters and sees the same batches; its losses go to
-FOLDER/NAME.json, and a run that is there already is not repeated. `twin` is bfloat16 once more with
+FOLDER/NAME.json, and a run that is whole there is not repeated. `twin` is bfloat16 once more with
 gradients rounded differently: what it is off by is the noise that any change of rounding makes. The
 figure and FOLDER/summary.json have every run's loss relative to bfloat16's, over windows of steps,
 and over the last quarter, DeepSeek-V3's measure of FP8 (below 0.25%; arXiv:2412.19437, B.1).
@@ -16,6 +16,7 @@ import json
 import operator
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,8 +56,8 @@ def with_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> dict[st
   return values
 
 
-def train(cfg: RunConfig, name: str) -> list[float]:
-  """Losses of all steps."""
+def train(cfg: RunConfig, name: str, save: Callable[[list[float]], Any]) -> None:
+  """Hands the losses so far to `save`, now and then and at the end."""
   mesh = sh.make_mesh(cfg.check_mesh(jax.device_count()))
   with jax.set_mesh(mesh):
     state = jax.jit(functools.partial(create, cfg))(jax.random.key(cfg.seed))
@@ -72,11 +73,16 @@ def train(cfg: RunConfig, name: str) -> list[float]:
           break
         state, metrics = step(state, batch)
         losses.append(metrics['train/lm_loss'])
-        if (i + 1) % _REPORTED_EVERY == 0:
-          print(f'{name}: step {i + 1}/{cfg.steps}, loss {float(losses[-1]):.4f}', flush=True)
+        if (i + 1) % _REPORTED_EVERY == 0 or i + 1 == cfg.steps:
+          losses = [float(loss) for loss in losses]
+          save(losses)
+          print(f'{name}: step {i + 1}/{cfg.steps}, loss {losses[-1]:.4f}', flush=True)
     finally:
       stream.close()
-    return [float(loss) for loss in losses]
+
+
+def _losses(path: pathlib.Path) -> np.ndarray:
+  return np.array(json.loads(path.read_text())['loss'] if path.exists() else [])
 
 
 def main(argv: list[str]) -> int:
@@ -92,19 +98,21 @@ def main(argv: list[str]) -> int:
     args.workdir.mkdir(parents=True, exist_ok=True)
     for name, overrides in RUNS.items():
       path = args.workdir / f'{name}.json'
-      if args.only not in ('', name) or path.exists():
-        continue
       cfg = config_io.build(with_overrides(raw.to_dict(), overrides))
+      if args.only not in ('', name) or len(_losses(path)) >= cfg.steps:
+        continue
       check_device(cfg)
-      path.write_text(json.dumps({'overrides': overrides, 'loss': train(cfg, name)}))
+
+      def save(losses: list[float], path: pathlib.Path = path, overrides: Any = overrides) -> None:
+        path.write_text(json.dumps({'overrides': overrides, 'loss': losses}))
+
+      train(cfg, name, save)
   except ValueError as error:
     print(f'error: {flags.one_line(error)}', file=sys.stderr)
     return 2
-  found = {
-    name: np.array(json.loads(path.read_text())['loss'])
-    for name in RUNS
-    if (path := args.workdir / f'{name}.json').exists()
-  }
+  loss = {name: _losses(args.workdir / f'{name}.json') for name in RUNS}
+  common = min((len(loss_N) for loss_N in loss.values() if len(loss_N)), default=0)
+  found = {name: loss_N[:common] for name, loss_N in loss.items() if len(loss_N)}
   if 'bfloat16' not in found:
     return 0
   summary = summarize(found)

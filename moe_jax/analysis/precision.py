@@ -59,6 +59,7 @@ def draw(losses: dict[str, np.ndarray], summary: dict[str, dict[str, float]]) ->
     axes.plot(steps_W, off_W, color=colour, label=name, linewidth=1.4)
   style.rule(axes, 0.25, '0.25%')
   axes.set(xlabel='step', ylabel='loss relative to bfloat16, %')
-  axes.legend(loc='upper right')
+  if len(losses) > 1:
+    axes.legend(loc='upper right')
   found = [f'{name} {100 * summary[name]["relative_to_bfloat16"]:+.2f}%' for name in others]
   return style.title(fig, 'Loss over the last quarter against bfloat16: ' + ', '.join(found))
