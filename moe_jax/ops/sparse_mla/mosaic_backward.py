@@ -11,8 +11,7 @@ are gathered once more.
 Why the two are apart: beside q and do, 139 kB, there is no room for a second block of latents, and
 a block that has to stay until its ds is known would leave the tensor cores waiting for the next.
 Traffic: 1152 bytes a key, gathered, in either; 256 bytes a key written by the first and 128 read by
-the second for 64 heads. Bound: as the forward pass by L2, 660 TFLOP/s in the first and 350 in the
-second.
+the second for 64 heads. Measured at 463 and 332 TFLOP/s with 128 heads on an H100.
 """
 
 # T queries  H heads  R rows (T*H)  V latent (value) width  C rope width  S keys  K slots of a query

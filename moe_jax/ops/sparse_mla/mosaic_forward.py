@@ -11,9 +11,10 @@
 Scores of one buffer run while values of the other do, so the tensor cores always have one of the
 two; a buffer is refilled 128 columns at a time, as soon as the warpgroup that reads them lets go.
 
-Traffic: each block reads 1152 bytes a key, from L2 where keys are shared by queries in flight, for
-64 x 1088 x 2 operations: 121 a byte, so an L2 that delivers 4 TB/s of gathered rows allows 480
-TFLOP/s. Fewer heads than 64 are bound by just that.
+Traffic: each block reads 1152 bytes a key, mostly from L2, for 64 x 1088 x 2 operations. Bound:
+not that, as queries that all name the same keys take as long, but the chain of one block's load,
+scores, softmax and values, of which two are under way; shared memory has no room for a third.
+Fewer than 64 heads take as long as 64.
 """
 
 # N queries (or parts of them)  H heads  R rows of q  V latent (value) width  C rope width

@@ -4,7 +4,7 @@ What an indexer learns from. As the scores of the forward pass, with the logsume
 warpgroups take every other block of 64 keys, each with a buffer of its own that warpgroup 2 gathers
 into, 64 columns at a time. The sum over heads goes down the rows of the product, across warps.
 
-Bound: gathers from L2, as in the forward pass, for 576 of its 1088 operations a key.
+Measured at 364 TFLOP/s with 128 heads on an H100.
 """
 
 # T queries  H heads  R rows (T*H)  V latent (value) width  C rope width  S keys  K slots of a query
