@@ -2,8 +2,8 @@
 
   python -m experiments.bench.tune_grouped_matmul [--only=v2_lite] [--out=tiles.json]
 
-Group sizes are the uneven ones. First the tile shapes, at one strip height; then the heights, for
-the best shape. Needs a Hopper GPU.
+Group sizes are the uneven ones, for FP8 even multiples of 128. First the tile shapes, at one strip
+height; then the heights, for the best shape. Needs a Hopper GPU.
 """
 
 import argparse
@@ -22,33 +22,19 @@ import jax
 import jax.numpy as jnp
 
 from experiments.bench import timing
+from experiments.bench.suites import grouped_fp8
 from experiments.bench.suites.grouped_matmul import data
 from moe_jax.ops.grouped_matmul import layout, mosaic_gpu, tiles
-from moe_jax.ops.grouped_matmul.specs import LARGE, SIZES, Spec
+from moe_jax.ops.grouped_matmul.specs import LARGE, LARGE_FP8, SIZES, Spec
+from moe_jax.ops.quantize import quantize_blocks, quantize_columns, quantize_rows, transpose_blocks
 
 STRIPS = (4, 8, 16)
 
 
 def tune(spec: Spec) -> dict[str, tuple[tiles.Tile, float]]:
   """Best tile and its TFLOP/s for each op on one shape."""
-  x, w, dy = data(spec)
   sizes = jnp.asarray(spec.sizes, jnp.int32)
-  offsets = layout.compact_offsets(sizes)
-  calls = {
-    'forward': (mosaic_gpu.forward, (x, w, offsets, sizes), spec.d, spec.f),
-    'dgrad': (
-      functools.partial(mosaic_gpu.forward, transpose_w=True),
-      (dy, w, offsets, sizes),
-      spec.f,
-      spec.d,
-    ),
-    'wgrad': (
-      functools.partial(mosaic_gpu.weight_grad, dtype=jnp.dtype('bfloat16')),
-      (x, dy, offsets, sizes),
-      spec.d,
-      spec.f,
-    ),
-  }
+  calls = _calls_fp8(spec, sizes) if spec in LARGE_FP8 else _calls(spec, sizes)
   best = {}
   for op, (fn, args, k, n) in calls.items():
     rates = _rates(fn, args, tiles.candidates(op, n), spec.flops)
@@ -60,6 +46,31 @@ def tune(spec: Spec) -> dict[str, tuple[tiles.Tile, float]]:
     for tile, rate in sorted(rates.items(), key=lambda item: -item[1]):
       print(f'{spec} {op:<8} {rate:6.0f} TFLOP/s  {tile}', flush=True)
   return best
+
+
+def _calls(spec: Spec, sizes: jax.Array) -> dict[str, tuple]:
+  """Function, arguments, contracted width and columns of each op."""
+  x, w, dy = data(spec)
+  groups = layout.compact_offsets(sizes), sizes
+  dgrad = functools.partial(mosaic_gpu.forward, transpose_w=True)
+  wgrad = functools.partial(mosaic_gpu.weight_grad, dtype=jnp.dtype('bfloat16'))
+  return {
+    'forward': (mosaic_gpu.forward, (x, w, *groups), spec.d, spec.f),
+    'dgrad': (dgrad, (dy, w, *groups), spec.f, spec.d),
+    'wgrad': (wgrad, (x, dy, *groups), spec.d, spec.f),
+  }
+
+
+def _calls_fp8(spec: Spec, sizes: jax.Array) -> dict[str, tuple]:
+  x, w, dy = grouped_fp8.data(spec)
+  groups = layout.padded_offsets(sizes, 128), sizes
+  to = {'dtype': jnp.dtype('bfloat16')}
+  forward = *quantize_rows(x), *transpose_blocks(quantize_blocks(w)), *groups
+  columns = *quantize_columns(x), *quantize_columns(dy), *groups
+  return {
+    'forward_fp8': (functools.partial(mosaic_gpu.forward_fp8, **to), forward, spec.d, spec.f),
+    'wgrad_fp8': (functools.partial(mosaic_gpu.weight_grad_fp8, **to), columns, spec.d, spec.f),
+  }
 
 
 def _rates(fn, args, candidates: list[tiles.Tile], flops: int) -> dict[tiles.Tile, float]:
@@ -89,6 +100,9 @@ def main() -> None:
     if args.only in spec.name:
       sizes = SIZES['uneven'](spec.rows, len(spec.sizes))
       measured |= tune(dataclasses.replace(spec, sizes=sizes))
+  for spec in LARGE_FP8:
+    if args.only in spec.name:
+      measured |= tune(spec)
   table |= {
     key: {'tile': dataclasses.asdict(tile), 'tflops': round(rate)}
     for key, (tile, rate) in measured.items()
