@@ -1,8 +1,7 @@
 """Grouped matmul in FP8 with 1x128 and 128x128 scales, the rows of suite grouped_matmul for it.
 
 Operands are quantised before the clock starts, but for the row `linear`: forward, both gradients
-and every quantisation of one expert layer from its bfloat16 x, w and dy. `dense` is XLA's FP8 dot
-of as many operations with one matrix and no scales: the ceiling. `torch` is
+and every quantisation of one expert layer from its bfloat16 x, w and dy. `torch` is
 torch._scaled_grouped_mm with one scale a row. Errors are those of float32 results against float64.
 """
 
@@ -60,13 +59,6 @@ def weights(x: Quantized, dy: Quantized, sizes: jax.Array, dtype: str) -> jax.Ar
 
 
 @jax.jit
-def dense(x_RD: jax.Array, w_FD: jax.Array) -> jax.Array:
-  return jax.lax.dot_general(
-    x_RD, w_FD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16
-  )
-
-
-@jax.jit
 def linear(
   x_RD: jax.Array, w_EDF: jax.Array, dy_RF: jax.Array, sizes: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -109,8 +101,6 @@ def run_case(spec: Spec) -> list[table.Row]:
   if spec.name != 'fp8_deepgemm_wgrad':
     w_t = transpose_blocks(w)
     error = rows_error(x, w_t, rows(x, w_t, sizes, 'float32')) if whole else None
-    if by == 'mosaic':
-      add('fp8 fwd', 'dense', dense, x.values, w_t.values[0])
     add('fp8 fwd', by, rows, x, w_t, sizes, error=error)
   if whole or spec.name == 'fp8_deepgemm_wgrad':
     add('fp8 wgrad bfloat16', by, functools.partial(weights, dtype='bfloat16'), x_t, dy_t, sizes)
