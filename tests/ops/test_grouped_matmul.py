@@ -187,3 +187,17 @@ def test_fallback_is_logged_once_with_its_reason(caplog):
     'grouped_matmul: xla instead of mosaic, which needs a Hopper GPU (compute capability 9.0), '
     'this is cpu.'
   ]
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_weight_gradient_adds_into_an_array(dtype):
+  spec = SPECS[4]
+  x_RD, w_EDF, dy_RF, sizes_E, _, _ = operands(spec, jnp.bfloat16)
+  old_EDF = jnp.full(w_EDF.shape, 3, dtype)
+  call = lambda **how: weight_grad_of(x_RD, dy_RF, sizes_E, implementation='xla', **how)
+  got = jax.jit(lambda old: call(dtype=dtype, into=old))(old_EDF)
+  assert got.dtype == dtype
+  # in bfloat16 one rounding of a sum near 16
+  close(got, call(dtype=jnp.float32) + 3, FLOAT32 if dtype == jnp.float32 else BFLOAT16)
+  with pytest.raises(ValueError, match=r'into is float32\(3,\), must be'):
+    call(dtype=dtype, into=jnp.zeros(3))

@@ -1,6 +1,7 @@
 """The Hopper kernels in the interpreter, with its race detector, against the reference."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +84,17 @@ def test_bfloat16_weight_gradient_is_the_float32_one_rounded(interpreter):
     x_RD, dy_RF, starts, sizes_E, dtype=jnp.dtype(dtype), tile=SMALL
   )
   np.testing.assert_array_equal(call('bfloat16'), call('float32').astype(jnp.bfloat16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_weight_gradient_adds_into_an_array(interpreter, dtype):
+  x_RD, w_EDF, dy_RF, sizes_E, _, starts = operands(UGLY[4], jnp.bfloat16)
+  old_EDF = jnp.full(w_EDF.shape, 3, dtype)
+  call = functools.partial(mosaic_gpu.weight_grad, x_RD, dy_RF, starts, sizes_E, tile=SMALL)
+  got = jax.jit(lambda old: call(dtype=jnp.dtype(dtype), into_EDF=old))(old_EDF)
+  want = call(dtype=jnp.dtype('float32')) + 3
+  np.testing.assert_array_equal(got, want.astype(dtype))
 
 
 @pytest.mark.slow
