@@ -22,7 +22,6 @@ def get_config(arg: str = 'text') -> ml_collections.ConfigDict:
   c.model.d_ff = 4096
   c.model.init_std = 0.02
   c.model.remat = 'light'
-  c.model.unroll_layers = True
   c.model.mla = dict(num_heads=16, d_nope=128, d_rope=64, d_value=128, kv_rank=512, q_rank=0)
   c.model.moe.num_experts = 64
   c.model.moe.top_k = 8

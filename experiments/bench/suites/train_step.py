@@ -63,7 +63,6 @@ def _v2_lite_5() -> ml_collections.ConfigDict:
   c = v2_lite.get_config()
   c.model.num_layers = 5
   c.model.remat = 'none'
-  c.model.unroll_layers = True
   c.data.batch_size = 2
   return c
 
@@ -74,7 +73,6 @@ def _v3_4() -> ml_collections.ConfigDict:
   c.model.num_dense_layers = 1
   c.model.vocab_size = 32_768
   c.model.remat = 'light'
-  c.model.unroll_layers = True
   c.model.moe.update(num_experts=8, top_k=8, num_groups=1, top_groups=1)
   c.data.tokenizer = 'deepseek:32768'
   c.data.batch_size = 1
