@@ -1,7 +1,8 @@
 """python -m experiments.bench --suite=grouped_matmul [--out=FOLDER] [--only=TEXT]
 
 On a GPU the rows are kept in experiments/bench/results/<suite>.json. Elsewhere the suite runs tiny
-shapes, to show that it works, and keeps nothing.
+shapes, to show that it works, and keeps nothing. A selection by --only is kept in a folder given by
+--out alone.
 """
 
 import argparse

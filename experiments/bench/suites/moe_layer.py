@@ -3,8 +3,9 @@
 `layer` is models.MoE on one device with weights in the compute precision, the router float32: gate,
 choice, experts, shared experts; backward to the tokens, the router and every matrix. `part` rows
 are the kernels of a traced call, added up by the names that ops give them, and their share; what
-the parts lack to the whole is time between kernels. torch has no such layer; `dense` is XLA's
-matmul of as many operations as the forward pass has.
+the parts lack to the whole is time between kernels and a warmer chip. XLA joins both sums of rows,
+of the output and of dx, with the gate's addition to dx: they are in `gate, bwd`. torch has no such
+layer; `dense` is XLA's matmul of as many operations as the forward pass has.
 """
 
 # T tokens  D model  F width of an expert  E experts  K experts a token  R rows
@@ -87,15 +88,20 @@ class Call:
 
 def run(only: str = '') -> Iterator[list[table.Row]]:
   for spec in SPECS if jax.default_backend() == 'gpu' else (TINY,):
-    if only in spec.name:
-      with jax.set_mesh(sh.make_mesh((1, 1, 1))):
-        calls = layer_calls(spec)
-        pairs = list(zip(calls, _compile(calls), strict=True))
-        rows = [_row(spec, *pair) for pair in pairs]
-        for call, compiled in pairs:
-          if call.sizes == 'drawn':
-            rows += breakdown(spec, call, compiled)
-      yield rows
+    for precision in spec.precisions:
+      if only in f'{spec.name} {precision}':
+        with jax.set_mesh(sh.make_mesh((1, 1, 1))):
+          yield run_layer(spec, precision)
+
+
+def run_layer(spec: Spec, precision: str) -> list[table.Row]:
+  calls = layer_calls(spec, precision)
+  pairs = list(zip(calls, _compile(calls), strict=True))
+  rows = [_row(spec, *pair) for pair in pairs]
+  for call, compiled in pairs:
+    if call.sizes == 'drawn':
+      rows += breakdown(spec, call, compiled)
+  return rows
 
 
 def _compile(calls: list[Call]) -> list[Any]:
@@ -145,22 +151,20 @@ def breakdown(spec: Spec, call: Call, compiled: Any, repeats: int = 3) -> list[t
   ]
 
 
-def layer_calls(spec: Spec) -> list[Call]:
-  calls = []
-  for precision in spec.precisions:
-    fn, (x, params, bias) = make(spec, precision)
-    calls += [
-      Call(
-        work='fwd+bwd',
-        by=f'layer {precision}',
-        fn=fn,
-        args=(x, params, {'bias_E': skew * bias}, x),
-        flops=3 * spec.flops,
-        sizes=label,
-      )
-      for label, skew in SKEWS.items()
-    ]
-  if jax.default_backend() == 'gpu':
+def layer_calls(spec: Spec, precision: str) -> list[Call]:
+  fn, (x, params, bias) = make(spec, precision)
+  calls = [
+    Call(
+      work='fwd+bwd',
+      by=f'layer {precision}',
+      fn=fn,
+      args=(x, params, {'bias_E': skew * bias}, x),
+      flops=3 * spec.flops,
+      sizes=label,
+    )
+    for label, skew in SKEWS.items()
+  ]
+  if jax.default_backend() == 'gpu' and precision == 'bfloat16':
     # as many operations as the forward pass has, in one square product
     side = round((spec.flops / 2) ** (1 / 3) / 128) * 128
     square = jnp.ones((side, side), jnp.bfloat16)
