@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moe_jax import sharding as sh
-from moe_jax.ops.attention import mosaic_backward, mosaic_forward
+from moe_jax.ops.attention import mosaic_forward, mosaic_key_grads, mosaic_query_grads
 from moe_jax.ops.attention.bounds import visible_bounds
 from moe_jax.ops.attention.mosaic_common import ROWS
 
@@ -110,8 +110,8 @@ def _attend_backward(scale: float, kept, cotangents):
     dsink_H = (p_sink_BHS * (dlse - delta_BHS)).sum((0, 2))
   operands = (q, k, v, do, lse2, _whole_tiles(delta_BHS - dlse, mode='constant'))
   how = functools.partial(functools.partial, scale=scale, in_registers=_on_gpu())
-  dk, dv = how(mosaic_backward.key_grads)(*operands, _whole_tiles(end_BS))
-  dq = how(mosaic_backward.query_grads)(*operands, _whole_tiles(first_BS))
+  dk, dv = how(mosaic_key_grads.key_grads)(*operands, _whole_tiles(end_BS))
+  dq = how(mosaic_query_grads.query_grads)(*operands, _whole_tiles(first_BS))
   return dq, dk, dv, None, None, dsink_H
 
 

@@ -6,6 +6,7 @@ each for 64 rows of the tile, and a third only issues TMA loads into rings of st
 
 # B batch  S sequence  H query heads  G key-value heads  N keys or queries a step
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,15 +14,63 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # rows of one wgmma instruction, and of a warpgroup
 SLAB = 64
 # rows of a tile
 ROWS = 2 * SLAB
+# Mosaic's own named barriers come before this one
+_FIRST_TURN = 4
 ACC = plgpu.WGMMAAccumulatorRef
 MATRIX = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+  # keys or queries that a tile meets at a time, and how many such steps are loaded ahead
+  step: int
+  stages: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+  """Two warpgroups taking turns: each waits until the other has passed on.
+
+  By the chip's named barriers, one instruction a warp, and not by barriers in shared memory, at
+  which each thread arrives; only the interpreter is given those.
+  """
+
+  group: jax.Array
+  barriers: Any
+
+  def wait(self) -> None:
+    if self.barriers is None:
+      _named_barrier('sync', _FIRST_TURN + self.group)
+    else:
+      plgpu.barrier_wait(self.barriers.at[self.group])
+
+  def pass_on(self) -> None:
+    if self.barriers is None:
+      _named_barrier('arrive', _FIRST_TURN + 1 - self.group)
+    else:
+      plgpu.barrier_arrive(self.barriers.at[1 - self.group])
+
+
+def _named_barrier(operation: str, number: jax.Array) -> None:
+  def emit(_, n):
+    # 256: the threads of both warpgroups
+    mgpu.utils.inline_ptx(f'bar.{operation} $0, 256;', n.registers[()])
+
+  run: Any = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))(emit)
+  run(number)
+
+
+def await_warpgroup() -> None:
+  """Before a write to what all of a warpgroup have read: Mosaic puts a barrier behind this wait."""
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def tiled(shape: tuple[int, ...], dtype: Any):
@@ -80,8 +129,8 @@ def accumulated(run: Callable, *sums: jax.Array) -> Any:
   return pl.run_state(lambda refs: run(*refs))(tuple(ACC.init(x) for x in sums))
 
 
-def load_keys(refs, rings, *, at, end: jax.Array, num_blocks: jax.Array) -> None:
-  """The loading warpgroup of a kernel that walks down `num_blocks` blocks of keys, from `end`.
+def load_keys(refs, rings, *, at, begin: jax.Array, end: jax.Array) -> None:
+  """The loading warpgroup of a kernel that walks over the blocks [begin, end) of keys and values.
 
   Args:
     refs: keys and values in device memory, [B, S, G, width].
@@ -89,26 +138,24 @@ def load_keys(refs, rings, *, at, end: jax.Array, num_blocks: jax.Array) -> None
     at: row of the batch and key head.
   """
   (b, g), (stages, num_keys) = at, rings[0][0].shape[:2]
-  slot_of = lambda i: lax.rem(i, jnp.int32(stages))
+  slot_of = lambda step: lax.rem(step - begin, jnp.int32(stages))
 
-  def load(i, _):
-    slot, keys = slot_of(i), pl.ds((end - 1 - i) * num_keys, num_keys)
+  def load(step, _):
+    slot, keys = slot_of(step), pl.ds(step * num_keys, num_keys)
     for ref, (ring, full, empty) in zip(refs, rings, strict=True):
 
-      @pl.when(i >= stages)
+      @pl.when(step - begin >= stages)
       def _(empty=empty):
         plgpu.barrier_wait(empty.at[slot])
 
       # past the last row TMA writes zeros
       plgpu.copy_gmem_to_smem(ref.at[b, keys, g], ring.at[slot], full.at[slot])
 
-  # there is a first block, and it need not wait until `num_blocks` has come from device memory
-  load(jnp.int32(0), None)
-  lax.fori_loop(1, num_blocks, load, None)
+  lax.fori_loop(begin, end, load, None)
 
   # the last releases must have arrived before the block, and its barriers, may end
-  def drain(i, _):
+  def drain(step, _):
     for _, _, empty in rings:
-      plgpu.barrier_wait(empty.at[slot_of(i)])
+      plgpu.barrier_wait(empty.at[slot_of(step)])
 
-  lax.fori_loop(lax.max(0, num_blocks - stages), num_blocks, drain, None)
+  lax.fori_loop(lax.max(begin, end - stages), end, drain, None)

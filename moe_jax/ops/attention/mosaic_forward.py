@@ -8,7 +8,7 @@
   order        the last tile of a head first: it has the most keys
 
 A query sees the keys [first, itself]. `first` is nondecreasing along a row, so a tile visits the
-blocks from its end down to its first query's `first`, and masks only those that hold a border.
+blocks from its first query's `first` to its end, and masks only those that hold a border.
 
 Traffic from device memory: queries and the output once; keys and values once as long as a head's
 fit into L2. Bound: the tensor cores under the chip's power limit, 2 (C + V) operations a score.
@@ -16,7 +16,6 @@ fit into L2. Bound: the tensor cores under the chip's power limit, 2 (C + V) ope
 
 # B batch  S sequence  H query heads  G key-value heads  C key width  V value width  N keys a step
 
-import dataclasses
 import functools
 import math
 
@@ -32,9 +31,12 @@ from moe_jax.ops.attention.mosaic_common import (
   MATRIX,
   ROWS,
   SLAB,
+  Tile,
+  Turns,
   accumulated,
   add_product,
   along_rows,
+  await_warpgroup,
   by_row,
   index,
   launch,
@@ -42,11 +44,7 @@ from moe_jax.ops.attention.mosaic_common import (
   tiled,
 )
 
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-  keys: int = 128
-  stages: int = 2
+TILE = Tile(step=128)
 
 
 def forward(
@@ -57,7 +55,7 @@ def forward(
   sink_H: jax.Array | None,
   *,
   scale: float,
-  tile: Tile = Tile(),
+  tile: Tile = TILE,
   in_registers: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
   """The output, and the base-2 logarithm of each row's sum with S padded to whole tiles.
@@ -68,7 +66,7 @@ def forward(
   """
   B, S, H, C = q_BSHC.shape
   G, V = v_BSGV.shape[2:]
-  N, stages = tile.keys, tile.stages
+  N, stages = tile.step, tile.stages
   num_tiles = pl.cdiv(S, ROWS)
   # the softmax is of base 2, which the chip has an instruction for
   base2 = math.log2(math.e)
@@ -79,10 +77,9 @@ def forward(
     b, h, t = (lax.axis_index(name) for name in ('row', 'head', 'tile'))
     group = lax.axis_index('warpgroup')
     base = (num_tiles - 1 - t) * ROWS
-    # block i is the i-th from the end, which is known at once
+    begin = lax.div(first_g[b, base], jnp.int32(N))
     end = pl.cdiv(lax.min(base + ROWS, S), N)
-    num_blocks = end - lax.div(first_g[b, base], jnp.int32(N))
-    slot_of = lambda i: lax.rem(i, jnp.int32(stages))
+    last = end - 1
 
     @pl.when(group < 2)
     def _():
@@ -91,39 +88,34 @@ def forward(
       rows = pl.ds(row, SLAB)
       plgpu.copy_gmem_to_smem(q_g.at[b, rows, h], q_s.at[group], q_full.at[group])
       full = lambda shape, x, layout: plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)
+      slot_of = lambda step: lax.rem(step - begin, jnp.int32(stages))
+      turns = Turns(group, turn)
       first = by_row(first_g.at[b, rows])
-      # blocks before these hold keys later than some query, keys that all see; the rest holds keys
-      # before the `first` of some query
-      clear = lax.min(end - lax.div(row, jnp.int32(N)), num_blocks - 1)
-      early = lax.clamp(clear, end - pl.cdiv(first_g[b, row + SLAB - 1], N), num_blocks - 1)
+      # blocks with a key before the `first` of some query, with all keys seen, with later keys
+      clear_begin = lax.min(pl.cdiv(first_g[b, row + SLAB - 1], N), last)
+      clear_end = lax.clamp(clear_begin, lax.div(row, jnp.int32(N)), last)
 
-      def wait_turn():
-        plgpu.barrier_wait(turn.at[group])
+      def await_stage(full_barrier, step):
+        plgpu.barrier_wait(full_barrier.at[slot_of(step)])
 
-      def pass_turn():
-        plgpu.barrier_arrive(turn.at[1 - group])
+      def release(empty_barrier, step):
+        plgpu.barrier_arrive(empty_barrier.at[slot_of(step)])
 
-      def await_stage(full_barrier, i):
-        plgpu.barrier_wait(full_barrier.at[slot_of(i)])
+      def add_scores(s_ref, step):
+        plgpu.wgmma(s_ref, q_s.at[group], k_s.at[slot_of(step)].T)
 
-      def release(empty_barrier, i):
-        plgpu.barrier_arrive(empty_barrier.at[slot_of(i)])
-
-      def add_scores(s_ref, i):
-        plgpu.wgmma(s_ref, q_s.at[group], k_s.at[slot_of(i)].T)
-
-      def scores(i):
+      def scores(step):
         def run(s_ref):
-          add_scores(s_ref, i)
-          pass_turn()
+          add_scores(s_ref, step)
+          turns.pass_on()
           return s_ref[...]
 
         s = pl.run_scoped(run, ACC((SLAB, N), jnp.float32))
-        release(k_empty, i)
+        release(k_empty, step)
         return s
 
-      def add_values(sums, p, i):
-        v_slot = v_s.at[slot_of(i)]
+      def add_values(sums, p, step):
+        v_slot = v_s.at[slot_of(step)]
         if in_registers:
           (sums,) = accumulated(lambda ref: plgpu.wgmma(ref, p, v_slot), sums)
         else:
@@ -133,81 +125,82 @@ def forward(
             return ref[...]
 
           sums = sums + pl.run_scoped(run, ACC((SLAB, V), jnp.float32))
-        release(v_empty, i)
+        release(v_empty, step)
         return sums
 
-      def add_values_then_scores(sums, p, i):
+      def add_values_then_scores(sums, p, step):
         """Both products in one turn, the second not waiting for the first."""
         if not in_registers:
-          return add_values(sums, p, i), scores(i + 1)
+          return add_values(sums, p, step), scores(step + 1)
 
         def run(sums_ref, s_ref):
-          plgpu.wgmma(sums_ref, p, v_s.at[slot_of(i)])
-          add_scores(s_ref, i + 1)
-          pass_turn()
+          plgpu.wgmma(sums_ref, p, v_s.at[slot_of(step)])
+          add_scores(s_ref, step + 1)
+          turns.pass_on()
 
         sums, s = accumulated(run, sums, full((SLAB, N), 0, MATRIX))
-        release(v_empty, i)
-        release(k_empty, i + 1)
+        release(v_empty, step)
+        release(k_empty, step + 1)
         return sums, s
 
-      def softmax(carry, i, masked):
+      def softmax(carry, step, masked):
         s, largest, total, sums = carry
         if masked:
-          key, query = index(s.shape, 1) + (end - 1 - i) * N, index(s.shape, 0) + row
+          key, query = index(s.shape, 1) + step * N, index(s.shape, 0) + row
           s = jnp.where((key >= along_rows(first, N)) & (key <= query), s, -jnp.inf)
         new = jnp.maximum(largest, s.max(axis=1) * (scale * base2))
         shrink = jnp.exp2(largest - new)
         p = jnp.exp2(s * (scale * base2) - along_rows(new, N))
         sums = sums * along_rows(shrink, V)
         total = total * shrink + p.sum(axis=1)
-        # all of it before the turn, not during it
-        return lax.optimization_barrier((p.astype(dtype), new, total, sums))
+        # what the products need comes before the turn, the rest may come during it
+        p, new, sums = lax.optimization_barrier((p.astype(dtype), new, sums))
+        return p, new, total, sums
 
-      def one_block(i, carry, masked):
-        p, largest, total, sums = softmax(carry, i, masked)
-        await_stage(v_full, i)
-        await_stage(k_full, i + 1)
-        wait_turn()
-        sums, s = add_values_then_scores(sums, p, i)
+      def one_block(step, carry, masked):
+        p, largest, total, sums = softmax(carry, step, masked)
+        await_stage(v_full, step)
+        await_stage(k_full, step + 1)
+        turns.wait()
+        sums, s = add_values_then_scores(sums, p, step)
         return s, largest, total, sums
 
       def blocks(start, stop, carry, *, masked):
         return lax.fori_loop(start, stop, functools.partial(one_block, masked=masked), carry)
 
       plgpu.barrier_wait(q_full.at[group])
-      await_stage(k_full, jnp.int32(0))
-      pl.when(group == 1)(wait_turn)
+      await_stage(k_full, begin)
+      pl.when(group == 1)(turns.wait)
       # finite, so that a row all masked so far gives zeros and not NaN; a sink is a score like any
       largest = full((SLAB,), -1e30 if sink_g is None else sink_g[h] * base2, BY_ROW)
       total = full((SLAB,), 0 if sink_g is None else 1, BY_ROW)
-      carry = scores(jnp.int32(0)), largest, total, full((SLAB, V), 0, MATRIX)
-      carry = blocks(0, clear, carry, masked=True)
-      carry = blocks(clear, early, carry, masked=False)
-      carry = blocks(early, num_blocks - 1, carry, masked=True)
-      last = num_blocks - 1
+      carry = scores(begin), largest, total, full((SLAB, V), 0, MATRIX)
+      carry = blocks(begin, clear_begin, carry, masked=True)
+      carry = blocks(clear_begin, clear_end, carry, masked=False)
+      carry = blocks(clear_end, last, carry, masked=True)
       p, largest, total, sums = softmax(carry, last, True)
       await_stage(v_full, last)
-      wait_turn()
+      turns.wait()
       sums = add_values(sums, p, last)
-      pass_turn()
+      turns.pass_on()
       # group 1 took one turn less when it began
-      pl.when(group == 0)(wait_turn)
+      pl.when(group == 0)(turns.wait)
 
+      # the output may lie over queries that another warp has read
+      await_warpgroup()
       o_s[group] = (sums * along_rows(1 / total, V)).astype(dtype)
       lse_s[group] = largest + jnp.log2(total)
       plgpu.commit_smem()
       # past row S, TMA drops what it is given
       plgpu.copy_smem_to_gmem(o_s.at[group], o_g.at[b, rows, h])
       plgpu.copy_smem_to_gmem(lse_s.at[group], lse_g.at[b, h, rows])
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      plgpu.wait_smem_to_gmem(0)
 
     @pl.when(group == 2)
     def _():
       plgpu.set_max_registers(24, action='decrease')
       rings = (k_s, k_full, k_empty), (v_s, v_full, v_empty)
-      at = b, lax.div(h, jnp.int32(H // G))
-      load_keys((k_g, v_g), rings, at=at, end=end, num_blocks=num_blocks)
+      load_keys((k_g, v_g), rings, at=(b, lax.div(h, jnp.int32(H // G))), begin=begin, end=end)
 
   return launch(
     kernel,
@@ -228,7 +221,7 @@ def forward(
       plgpu.Barrier(num_barriers=stages),
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-      plgpu.Barrier(num_barriers=2),
+      None if in_registers else plgpu.Barrier(num_barriers=2),
       None if in_registers else tiled((2, SLAB, N), dtype),
     ),
   )(q_BSHC, k_BSGC, v_BSGV, first_BS, sink_H)
