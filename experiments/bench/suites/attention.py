@@ -48,7 +48,7 @@ class Case:
     rng = np.random.default_rng(0)
     for row in segment_BS if self.packed else ():
       at = 0
-      while (at := at + int(rng.lognormal(np.log(700), 1.0).clip(16))) < self.length:
+      while (at := at + max(16, int(rng.lognormal(np.log(700), 1.0)))) < self.length:
         row[at:] += 1
     return segment_BS
 
