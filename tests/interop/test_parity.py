@@ -18,6 +18,7 @@ from moe_jax.interop.variables import one_device
 from moe_jax.models.attention import Where
 from moe_jax.models.decoder import Block
 from moe_jax.precision import policy
+from moe_jax.routing import Balance
 
 # the bar of the project: float32 against the published float32, logits and streams of order 1
 TOLERANCE = 1e-5
@@ -36,7 +37,7 @@ def streams(folder, ids):
 
     @functools.partial(jax.jit, static_argnums=0)
     def apply(kind, one, x_BSD):
-      return Block(kind, cfg, (), policy('float32')).apply(one, x_BSD, where, None)[0]
+      return Block(kind, cfg, Balance(), policy('float32')).apply(one, x_BSD, where, None)[0]
 
     for number, path, repeat in layers(cfg):
       seen.append(np.asarray(x_BSD))
