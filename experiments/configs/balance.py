@@ -18,7 +18,7 @@ DOMAINS = ('code_cpp', 'code_py', 'en_api', 'en_lit', 'en_ref', 'xx_he')
 
 def get_config(arg: str = 'h100') -> ml_collections.ConfigDict:
   c = base()
-  c.steps = 220
+  c.steps = 360
   c.precision = 'bfloat16'
   c.balance = 'loss_free'
 
@@ -29,7 +29,7 @@ def get_config(arg: str = 'h100') -> ml_collections.ConfigDict:
   c.model.num_dense_layers = 1
   c.model.d_ff = 2048
   c.model.init_std = 0.02
-  c.model.remat = 'selective'
+  c.model.remat = 'light'
   c.model.full = dict(num_heads=6, d_head=128)
   c.model.moe.num_experts = 64
   c.model.moe.top_k = 6
@@ -41,16 +41,15 @@ def get_config(arg: str = 'h100') -> ml_collections.ConfigDict:
   c.data.domains = {
     name: dict(source=f'corpus/{name}.jsonl', weight=1.0, max_megabytes=6.0) for name in DOMAINS
   }
-  c.data.batch_size = 18
+  c.data.batch_size = 30
   c.data.sequence_length = 1024
 
   c.optim.lr_peak = 1e-3
-  c.optim.warmup_steps = 20
-  c.optim.moments_dtype = 'bfloat16'
+  c.optim.warmup_steps = 30
   c.optim.lr_end_fraction = 0.02
   # spikes are what is counted: only steps that are not finite are refused
   c.guard.sigmas = 1e9
-  c.eval.interval_steps = 110
+  c.eval.interval_steps = 60
   c.eval.batches = 8
   c.checkpoint.interval_steps = 1_000
 
