@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
 from moe_jax.analysis import style
 from moe_jax.analysis.stability import stability
@@ -147,7 +147,9 @@ def balance_against_loss(records: Records) -> Figure:
   axes.set_xscale('log')
   plain = FuncFormatter(lambda x, _: f'{x:g}')
   axes.xaxis.set_major_formatter(plain)
-  axes.xaxis.set_minor_formatter(NullFormatter())
+  axes.xaxis.set_minor_formatter(
+    FuncFormatter(lambda x, _: f'{x:g}' if f'{x:e}'[0] in '25' else '')
+  )
   axes.set(xlabel='MaxVio of the last 50 steps together', ylabel='validation loss, nats per token')
   _legend(axes)
   mean = {m: {k: np.mean([f[k] for f in found]) for k in found[0]} for m, found in points.items()}
