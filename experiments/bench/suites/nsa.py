@@ -2,8 +2,8 @@
 
 64 query heads share 4 key-value heads of width 128; blocks of 32 tokens every 16 are compressed, 16
 blocks of 64 are chosen, the window is 512. Keys are made already: projections and the compressing
-network are not part of it. `bwd` takes what the forward pass kept. `dense` is causal attention of
-16 query heads on one key-value head, times 4.
+network are not part of it. `bwd` is both passes less the forward one. `dense` is causal attention
+of 16 query heads on one key-value head, times 4.
 
 Operations are those of pairs that a query sees, 4 C forward and 10 C backward, and 2 C more for the
 importance of compressed blocks. Bytes are counted: every operand and result once, backward twice.
@@ -12,7 +12,6 @@ Errors are relative to the masks of all pairs in float32, on 1100 tokens of two 
 
 # S sequence  G key-value heads  M query heads of each  C width
 
-import concurrent.futures
 import dataclasses
 from collections.abc import Iterator
 
@@ -22,7 +21,7 @@ import numpy as np
 
 from experiments.bench import table, timing
 from experiments.bench.suites.grouped_matmul import LIMIT
-from experiments.bench.suites.v4_attention import LENGTHS, peak
+from experiments.bench.suites.v4_attention import LENGTHS, less, peak
 from moe_jax.ops import attention as dense_op
 from moe_jax.ops import nsa
 from moe_jax.ops.blocks import Span
@@ -62,12 +61,10 @@ class Case:
 def run(only: str = '') -> Iterator[list[table.Row]]:
   if jax.default_backend() != 'gpu':
     return
-  cases = [c for n in LENGTHS if only in (c := Case(n)).shape]
   error = errors()
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    compiled = dict(zip(cases, pool.map(programs, cases), strict=True))
-  for case in cases:
-    yield run_case(case, compiled.pop(case), error) + dense(case)
+  for case in map(Case, LENGTHS):
+    if only in case.shape:
+      yield run_case(case, error) + dense(case)
 
 
 def operands(case: Case) -> tuple[tuple[jax.Array, ...], jax.Array]:
@@ -100,35 +97,29 @@ def by_masks(position, segment, q, *kv_and_gate) -> jax.Array:
     )
 
 
-def programs(case: Case) -> tuple[jax.stages.Compiled, ...]:
-  """Forward, the same with what the backward pass needs, and that."""
-  places = case.places()
-  args = jax.eval_shape(lambda: operands(case)[0])
-  keep = lambda *args: jax.vjp(lambda *a: attend(*places, *a), *args)
+def run_case(case: Case, error: dict[str, float]) -> list[table.Row]:
+  places, (args, do) = case.places(), operands(case)
+
+  def with_backward(do, *args):
+    o, pull = jax.vjp(lambda *a: attend(*places, *a), *args)
+    return o, pull(do)
+
   forward = jax.jit(lambda *args: attend(*places, *args)).lower(*args).compile()
-  o, pull = jax.eval_shape(keep, *args)
-  backward = jax.jit(lambda pull, do: pull(do)).lower(pull, o).compile()
-  return forward, jax.jit(keep).lower(*args).compile(), backward
-
-
-def run_case(case: Case, compiled: tuple, error: dict[str, float]) -> list[table.Row]:
-  forward, keep, backward = compiled
-  args, do = operands(case)
-  pull = keep(*args)[1]
+  both = jax.jit(with_backward).lower(do, *args).compile()
   C, heads, pairs = case.width, case.groups * case.heads, case.pairs()
   flops = {'fwd': 4 * sum(pairs) + 2 * pairs[0], 'bwd': 10 * sum(pairs)}
   moved = sum(a.nbytes for a in args) + do.nbytes
-  rows = []
-  for work, call, at in (('fwd', forward, args), ('bwd', backward, (pull, do))):
-    measured = timing.measure(call, [at], block=jax.block_until_ready, repeats=5)
-    rows.append(
-      table.row_of(
-        measured, amount=flops[work] * C * heads, limit=LIMIT, unit='TFLOP/s', work=work, by='nsa',
-        shape=case.shape, error=error[work], peak_gib=peak(call), length=case.length,
-        gigabytes=moved * (1 if work == 'fwd' else 2) / 1e9,
-      )
-    )  # fmt: skip
-  return rows
+  time = lambda call, *at: timing.measure(call, [at], block=jax.block_until_ready, repeats=5)
+  measured = {'fwd': time(forward, *args), 'bwd': time(both, do, *args)}
+  measured['bwd'] = less(measured['bwd'], measured['fwd'])
+  return [
+    table.row_of(
+      measured[work], amount=flops[work] * C * heads, limit=LIMIT, unit='TFLOP/s', work=work,
+      by='nsa', shape=case.shape, error=error[work], length=case.length,
+      gigabytes=moved * passes / 1e9, peak_gib=peak(forward if passes == 1 else both),
+    )
+    for work, passes in (('fwd', 1), ('bwd', 2))
+  ]  # fmt: skip
 
 
 def dense(case: Case) -> list[table.Row]:
