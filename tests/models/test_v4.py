@@ -138,8 +138,8 @@ def test_intermediates_are_the_streams_entering_each_layer():
   np.testing.assert_array_equal(entering[0], np.repeat(embedding[:, :, None], 4, axis=2))
 
 
-@pytest.mark.parametrize('kind', KINDS)
-def test_whole_rows_by_runs_are_whole_rows_by_masks(kind: str, monkeypatch):
+def _by_runs_and_by_masks(kind: str, monkeypatch, of):
+  """What `of` makes of a loss over whole rows: as masks compute it, and as a kernel would."""
   tokens = _tokens(1, 19)
   positions, segments = np.r_[0:11, 0:6, 0, 0], np.repeat([1, 2, 0], [11, 6, 2])
   with jax.set_mesh(sh.make_mesh((1, 1, 1))):
@@ -152,9 +152,19 @@ def test_whole_rows_by_runs_are_whole_rows_by_masks(kind: str, monkeypatch):
       index_loss = out.aux.get('indexer_loss', jnp.float32(0))
       return jnp.square(out.hidden_BSD * real_S1).sum() + index_loss.sum()
 
-    want = jax.jit(jax.value_and_grad(loss))(variables['params'])
+    want = jax.jit(of(loss))(variables['params'])
     # the kernel's stand-in on a CPU is the op's definition, which takes runs as the kernel does
     monkeypatch.setattr(compressed, 'unsupported', lambda *_: None)
-    got = jax.jit(jax.value_and_grad(loss))(variables['params'])
+    got = jax.jit(of(loss))(variables['params'])
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * (1 + np.abs(b).max()))
+
+
+def test_whole_rows_by_runs_are_whole_rows_by_masks(monkeypatch):
+  _by_runs_and_by_masks('csa', monkeypatch, lambda loss: loss)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
+def test_gradients_by_runs_are_those_by_masks(kind: str, monkeypatch):
+  _by_runs_and_by_masks(kind, monkeypatch, jax.value_and_grad)
