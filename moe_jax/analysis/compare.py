@@ -152,7 +152,7 @@ def curves_figure(
   axes.set_ylabel(name)
   fig.legend(loc='outside right center')
   lowest = min(ends, key=lambda m: ends[m])
-  finding = f'{name} ends lowest with {lowest}, {ends[lowest]:.2f}'
+  finding = f'{name[:1].upper()}{name[1:]} ends lowest with {lowest}, {ends[lowest]:.2f}'
   if lowest != baseline:
     finding += f'; {baseline} has {ends[baseline]:.2f}'
   return style.title(fig, finding)

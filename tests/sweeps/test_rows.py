@@ -16,6 +16,7 @@ GOOD = "{'seed': 0}"
   [
     ("{'optim.lr_peek': 1e-3}", ['optim.lr_peek=0.001', 'not a field', 'Did you mean lr_peak?']),
     ("{'balance': 'los_free'}", ['balance=los_free', 'not a balancing idea', 'loss_free?']),
+    ("{'balance': 'gshard', 'model.moe.top_k': 1}", ['top_k=2, not 1', 'use switch']),
     ("{'model.moe.top_k': 99}", ['top_k=99', 'num_experts=8', 'Lower top_k']),
     ("{'steps': 1.5}", ["config.steps='1.5' must be int"]),
     ("{'steps': 'many'}", ['steps=many', 'must be int']),
