@@ -22,7 +22,7 @@
 # to the validation losses, as Hoffmann et al. (arXiv:2203.15556) did for Chinchilla: Huber loss
 # of log loss, several starts, and a bootstrap for the intervals.
 #
-# The models here are tiny (20,000 to 280,000 parameters, on bytes), the budgets a millionth of a
+# The models here are tiny (10,000 to 80,000 parameters, on bytes), the budgets a millionth of a
 # millionth of real ones. What carries over is the method, not the numbers.
 
 # %%

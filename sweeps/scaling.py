@@ -12,7 +12,7 @@ from sweeps.budget import isoflop
 
 CONFIG = 'experiments/configs/small.py:bytes'
 BUDGETS = (1e10, 3e10, 9e10)  # FLOPs
-WIDTHS = (16, 32, 48)
+WIDTHS = (8, 16, 32)
 
 
 def sizes() -> Iterator[space.Overrides]:
@@ -20,7 +20,7 @@ def sizes() -> Iterator[space.Overrides]:
   for width in WIDTHS:
     yield {
       'model.d_model': width,
-      'model.mla.num_heads': width // 16,
+      'model.mla.num_heads': max(1, width // 16),
       'model.mla.q_rank': 3 * width // 4,
       'model.mla.kv_rank': width // 2,
       'model.moe.d_expert': width // 2,
