@@ -10,7 +10,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_jax.ops.sparse_mla import mosaic, reference, rows
+from moe_jax.ops.sparse_mla import mosaic, reference
 from moe_jax.ops.sparse_mla.mosaic_forward import Keys
 
 # T queries  H heads  V latent width  C rope width  S keys  K slots
@@ -117,16 +117,3 @@ def test_mass_matches_reference(interpreter):
   for row in (0, 2):
     n = int(count[row])
     np.testing.assert_allclose(got[row, :n], exact[row, :n], rtol=1e-5)
-
-
-def test_rows_are_summed_by_key_in_order():
-  rows_NX, key_N = draw(50, 96), jnp.asarray(np.random.default_rng(0).integers(0, 10, 50))
-  total = wide(draw(9, 96, seed=1))[0]
-  order, start = rows.inverse(key_N, 9)
-  exact = np.asarray(total, np.float64)
-  for row, key in zip(np.asarray(rows_NX, np.float64), np.asarray(key_N), strict=True):
-    if key < 9:
-      exact[key] += row
-  args = total, rows_NX, order, start
-  np.testing.assert_allclose(rows.add_rows(*args), exact, atol=1e-5)
-  np.testing.assert_allclose(rows.triton_add_rows(*args, interpret=True), exact, atol=1e-5)

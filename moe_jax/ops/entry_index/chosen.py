@@ -14,7 +14,7 @@ from jax import lax
 
 from moe_jax import sharding as sh
 from moe_jax.ops.indexer import select_keys
-from moe_jax.ops.sink_attention.row_sums import add_parts, inverse
+from moe_jax.ops.row_sums import add_rows, inverse
 
 # of products that a chunk of queries makes
 _CHUNK_BYTES = 1 << 30
@@ -105,7 +105,7 @@ def _chosen_backward(kept, dscore_BSK):
     _, pull = jax.vjp(_weighted, q, _named(k_BNC, index), weight)
     dq, dk_BRKC, dweight = pull(dscore)
     order_P, begin = inverse((index + row_B1[..., None]).reshape(-1), B * N)
-    return add_parts(total_XC, dk_BRKC.reshape(-1, C), order_P, begin), (dq, dweight)
+    return add_rows(total_XC, dk_BRKC.reshape(-1, C), order_P, begin), (dq, dweight)
 
   S = q_BSHC.shape[1]
   parts = _cut(rows, S, q_BSHC, weight_BSH, index_BSK, dscore_BSK)

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax.ops import row_sums
 from moe_jax.ops.indexer import reference
-from moe_jax.ops.sparse_mla import rows
 
 _CHUNK_ELEMENTS = 2**26
 
@@ -93,8 +93,8 @@ def _sparse_chunks(q_SJI, k_TI, weight_SJ, index_SK, count_S, target_SK, importa
     dq_MJI = jnp.einsum('mjk,mki->mji', ddot_MJK, k_MKI)
     pair_MKI = jnp.einsum('mjk,mji->mki', ddot_MJK, q)
     key_MK = jnp.where(named_MK, index, T)
-    order, start = rows.inverse(key_MK.reshape(-1), T)
-    dk_TI = rows.add_rows(dk_TI, pair_MKI.reshape(-1, I), order, start)
+    order, start = row_sums.inverse(key_MK.reshape(-1), T)
+    dk_TI = row_sums.add_rows(dk_TI, pair_MKI.reshape(-1, I), order, start)
     loss += (kl_MK.sum(-1) * importance).sum()
     return (loss, dk_TI), (dq_MJI, dweight_MJ)
 

@@ -19,7 +19,7 @@ from moe_jax.ops.attention import attention as dense
 from moe_jax.ops.indexer.triton_top_k import top_k
 from moe_jax.ops.nsa import triton_blocks, triton_runs
 from moe_jax.ops.nsa.reference import KeyValue, Sizes
-from moe_jax.ops.sink_attention.row_sums import inverse
+from moe_jax.ops.row_sums import inverse
 
 # of importance, and of choices that are sorted, held at a time
 _CHUNK_BYTES = 1 << 29

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from moe_jax.ops.row_sums import add_rows, inverse
 from moe_jax.ops.sink_attention import (
   mosaic_backward,
   mosaic_forward,
@@ -19,7 +20,6 @@ from moe_jax.ops.sink_attention import (
   mosaic_plan,
 )
 from moe_jax.ops.sink_attention.mosaic_forward import LOG2E
-from moe_jax.ops.sink_attention.row_sums import add_parts, inverse
 from moe_jax.ops.sink_attention.spans import Spans
 
 _BLOCK = mosaic_gather.BLOCK
@@ -171,7 +171,7 @@ def _attend_backward(sizes, kept, cotangents):
       key_UJ = jnp.where(key_UJ < T, key_UJ, jnp.minimum(key_UJ + piece_U1 * entries, places))
     key_M = jnp.tile(key_UJ.reshape(-1), head_blocks)
     order_M, begin = inverse(key_M, places)
-    return add_parts(total_XC, part_GMC.reshape(-1, C), order_M, begin), dq_UHC
+    return add_rows(total_XC, part_GMC.reshape(-1, C), order_M, begin), dq_UHC
 
   starts = jnp.arange(num_chunks, dtype=jnp.int32) * U
   zeros = jnp.zeros((places, C), jnp.float32)

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.ops import row_sums
 from moe_jax.ops.grouped_matmul.mosaic_gpu import on_hopper
-from moe_jax.ops.sparse_mla import mosaic_backward, mosaic_forward, mosaic_mass, rows
+from moe_jax.ops.sparse_mla import mosaic_backward, mosaic_forward, mosaic_mass
 from moe_jax.ops.sparse_mla.mosaic_forward import Keys
 
 # of p, ds and the pairs' rows, together
@@ -126,8 +127,8 @@ def backward(
     do_q_CPX = jnp.concatenate([jnp.concatenate([do, q], axis=1), rope], axis=2)
     pair_CKX = jnp.einsum('cpk,cpx->ckx', p_ds_CPK, do_q_CPX, preferred_element_type=q.dtype)
     key_CK = jnp.where(slot_K < count[:, None], index, S)
-    order, start = rows.inverse(key_CK.reshape(-1), S)
-    totals = rows.add_rows(totals, pair_CKX.reshape(size * K, V + C), order, start)
+    order, start = row_sums.inverse(key_CK.reshape(-1), S)
+    totals = row_sums.add_rows(totals, pair_CKX.reshape(size * K, V + C), order, start)
     return totals, (dq_RV.reshape(size, H, V), dq_rope_RC.reshape(size, H, C))
 
   split = lambda a: a.reshape(T // size, size, *a.shape[1:])

@@ -15,7 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-_ROWS = 8
+from moe_jax.ops import pallas_triton
+
+_ROWS_A_STEP = 8
 
 
 def inverse(index_N: jax.Array, num_keys: int) -> tuple[jax.Array, jax.Array]:
@@ -29,13 +31,13 @@ def inverse(index_N: jax.Array, num_keys: int) -> tuple[jax.Array, jax.Array]:
 def add_rows(
   total_SX: jax.Array, rows_NX: jax.Array, order_N: jax.Array, start: jax.Array
 ) -> jax.Array:
-  """total + each key's rows, in float32."""
+  """total + each key's rows, in float32. Rows of nobody may hold anything, NaN included."""
   if jax.default_backend() == 'gpu' and _pieces(rows_NX.shape[1]):
     return triton_add_rows(total_SX, rows_NX, order_N, start)
+  num_keys = total_SX.shape[0]
   key_N = jnp.searchsorted(start, jnp.arange(order_N.size), side='right') - 1
-  sums = jax.ops.segment_sum(
-    rows_NX[order_N].astype(jnp.float32), key_N, total_SX.shape[0] + 1, indices_are_sorted=True
-  )
+  own_NX = jnp.where(key_N[:, None] < num_keys, rows_NX[order_N], 0).astype(jnp.float32)
+  sums = jax.ops.segment_sum(own_NX, key_N, num_keys + 1, indices_are_sorted=True)
   return total_SX + sums[:-1]
 
 
@@ -48,14 +50,7 @@ def _pieces(width: int) -> list[tuple[int, int]]:
 
 
 def triton_add_rows(
-  total_SX: jax.Array,
-  rows_NX: jax.Array,
-  order_N: jax.Array,
-  start: jax.Array,
-  *,
-  num_warps: int = 4,
-  rows_a_step: int = _ROWS,
-  interpret: bool = False,
+  total_SX: jax.Array, rows_NX: jax.Array, order_N: jax.Array, start: jax.Array
 ) -> jax.Array:
   """As add_rows, by a Pallas-Triton kernel: a program a key, 8 rows at a time."""
   num_keys, X = total_SX.shape
@@ -66,12 +61,12 @@ def triton_add_rows(
     first, end = start_g[key], start_g[key + 1]
 
     def step(i, sums):
-      at = first + i * rows_a_step + jnp.arange(rows_a_step, dtype=jnp.int32)
+      at = first + i * _ROWS_A_STEP + jnp.arange(_ROWS_A_STEP, dtype=jnp.int32)
       inside = at < end
       row = plt.load(order_g.at[at], mask=inside, other=0)
 
       def piece(column, size, total):
-        shape = (rows_a_step, size)
+        shape = (_ROWS_A_STEP, size)
         columns = column + jnp.arange(size, dtype=jnp.int32)
         index = jnp.broadcast_to(row[:, None], shape), jnp.broadcast_to(columns[None], shape)
         mask = jnp.broadcast_to(inside[:, None], shape)
@@ -81,16 +76,17 @@ def triton_add_rows(
       return tuple(piece(*at, total) for at, total in zip(pieces, sums, strict=True))
 
     start_sums = tuple(plt.load(total_g.at[key, pl.ds(*at)]) for at in pieces)
-    sums = lax.fori_loop(0, pl.cdiv(end - first, rows_a_step), step, start_sums)
+    sums = lax.fori_loop(0, pl.cdiv(end - first, _ROWS_A_STEP), step, start_sums)
     for at, value in zip(pieces, sums, strict=True):
       plt.store(out_g.at[key, pl.ds(*at)], value)
 
-  return pl.pallas_call(
+  return pallas_triton.call(
     kernel,
+    total_SX,
+    rows_NX,
+    order_N,
+    start,
     grid=(num_keys,),
-    out_shape=jax.ShapeDtypeStruct(total_SX.shape, jnp.float32),
-    input_output_aliases={0: 0},
-    compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=2),
-    interpret=interpret,
-    name='add_rows',
-  )(total_SX, rows_NX, order_N, start)
+    out=jax.ShapeDtypeStruct(total_SX.shape, jnp.float32),
+    aliases={0: 0},
+  )
