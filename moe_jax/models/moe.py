@@ -65,13 +65,14 @@ class MoE(nn.Module):
       weight_BSK = jnp.where(kept_BSK < E, weight_BSK, 0)
 
     experts = (self.policy.cast(gate_up_ED2F), self.policy.cast(down_EFD))
+    options: Any = dict(swiglu_limit=c.swiglu_limit, recipe=self.policy.experts)
     if balance.reads_outputs:
-      output_BSKD = self._each_output(x_BSD, kept_BSK, experts)
+      # of dropped choices too, whose weight is 0: averages are to be of all that chose an expert
+      output_BSKD = self._each_output(x_BSD, expert_BSK, experts, options)
       gate = gate._replace(output_BSKD=output_BSKD)
       y_BSD = jnp.einsum('bskd,bsk->bsd', output_BSKD.astype(jnp.float32), weight_BSK)
       y_BSD = y_BSD.astype(x_BSD.dtype)
     else:
-      options: Any = dict(swiglu_limit=c.swiglu_limit, recipe=self.policy.experts)
       y_BSD = expert_mlp(x_BSD, kept_BSK, weight_BSK, *experts, **options)
     for filled_BSD in balance.fill(gate, states):
       y_BSD += filled_BSD.astype(y_BSD.dtype)
@@ -136,13 +137,15 @@ class MoE(nn.Module):
     table_VK: Any = self.variable('router', 'expert_VK', make).value
     return table_VK.at[gate.token_BS].get(out_sharding=sh.STREAM)
 
-  def _each_output(self, x_BSD: jax.Array, expert_BSK: jax.Array, experts: Any) -> jax.Array:
+  def _each_output(
+    self, x_BSD: jax.Array, expert_BSK: jax.Array, experts: Any, options: Any
+  ) -> jax.Array:
     """What each chosen expert makes of its token, [B, S, K, D]: a choice is a token of its own."""
     B, S, K = expert_BSK.shape
     x_BTD = jnp.repeat(x_BSD, K, axis=1, total_repeat_length=S * K)
     expert_BT1 = expert_BSK.reshape(B, S * K, 1)
     ones_BT1 = jnp.ones_like(expert_BT1, jnp.float32)
-    y_BTD = expert_mlp(x_BTD, expert_BT1, ones_BT1, *experts, swiglu_limit=self.cfg.swiglu_limit)
+    y_BTD = expert_mlp(x_BTD, expert_BT1, ones_BT1, *experts, **options)
     return y_BTD.reshape(B, S, K, -1)
 
 

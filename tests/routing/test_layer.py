@@ -1,6 +1,6 @@
 """Ideas inside a layer: the same on 8 devices, in micro-batches, and for padding."""
 
-# B batch  S sequence  D model  E experts  K experts a token
+# B batch  S sequence  D model  E experts  F expert width  K experts a token  V token ids
 
 import functools
 from typing import Any
@@ -15,11 +15,11 @@ from moe_jax.config import MoEConfig
 from moe_jax.models.attention import Where
 from moe_jax.models.moe import MoE
 from moe_jax.precision import policy
-from moe_jax.routing import Balance, choose, ideas
+from moe_jax.routing import Balance, Sizes, choose, ideas
 from moe_jax.routing.capacity import Capacity
 from tests.routing.gates import make_gate
 
-B, S, D, E, K, V = 8, 16, 16, 8, 2, 11
+B, S, D, E, F, K, V = 8, 16, 16, 8, 8, 2, 11
 FIELDS = {
   'device_level': {'num_devices': 4},
   'communication': {'num_devices': 4, 'device_limit': 2},
@@ -34,7 +34,7 @@ MESH = (2, 4, 1)
 
 
 def layer(name: str, *, training: bool = True, score: str = 'softmax') -> MoE:
-  moe = MoEConfig(num_experts=E, top_k=K, d_expert=8, num_shared=0, score=score)
+  moe = MoEConfig(num_experts=E, top_k=K, d_expert=F, num_shared=0, score=score)
   balance = choose(name, {k: v for k, v in FIELDS.items() if k in name}, moe)
   balance = balance.to_train() if training else balance
   return MoE(moe, balance, 0.5, policy('float32'), V)
@@ -53,26 +53,32 @@ def draw() -> tuple[np.ndarray, Where]:
 SPECS = {'gate_up_ED2F': sh.EXPERTS_ED2F, 'down_EFD': sh.EXPERTS_EFD, 'router_DE': sh.MATRIX_DX}
 
 
-def on_mesh(shape, function, held: Any, x_BSD, where):
-  """`function(held, x, where)` with variables and rows placed on a mesh; back on the host."""
-  mesh = sh.make_mesh(shape)
-  with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):
-    place = lambda a, spec: jax.device_put(a, jax.NamedSharding(mesh, spec))
-    held = jax.tree_util.tree_map_with_path(
-      lambda path, a: place(a, SPECS.get(path[-1].key, jax.P())), held
-    )
-    x_BSD, where = jax.tree.map(lambda a: place(a, jax.P(sh.BATCH)), (x_BSD, where))
-    return jax.tree.map(np.asarray, jax.jit(function)(held, x_BSD, where))
+@functools.cache
+def compiled(name: str, training: bool):
+  return jax.jit(layer(name, training=training).apply)
+
+
+def place(mesh, held: Any, x_BSD, where):
+  """Variables and rows on a mesh."""
+  put = lambda a, spec: jax.device_put(a, jax.NamedSharding(mesh, spec))
+  held = jax.tree_util.tree_map_with_path(
+    lambda path, a: put(a, SPECS.get(path[-1].key, jax.P())), held
+  )
+  return held, *jax.tree.map(lambda a: put(a, jax.P(sh.BATCH)), (x_BSD, where))
 
 
 @functools.cache
 def variables(name: str) -> Any:
   """Random parameters, and for what ideas carry numbers that are not all equal."""
-  init = lambda _, x_BSD, where: layer(name).init(jax.random.key(0), x_BSD, where)
-  made = on_mesh((1, 1, 1), init, {}, *draw())
+  # by hand: it takes a second to compile `init`
   rng = np.random.default_rng(1)
+  shapes = {'router_DE': (D, E), 'gate_up_ED2F': (E, D, 2, F), 'down_EFD': (E, F, D)}
+  normal = lambda shape: rng.normal(0, 0.5, shape).astype(np.float32)
+  params = {name: normal(shape) for name, shape in shapes.items()}
   move = lambda a: a if a.dtype == np.int32 else a + rng.uniform(0, 0.1, a.shape).astype(a.dtype)
-  return made | {'ideas': jax.tree.map(move, made.get('ideas', {}))}
+  init = lambda idea: idea.init(jax.random.key(0), Sizes(E, K, D, V))
+  carried = {idea.name: jax.tree.map(move, init(idea)) for idea in layer(name).balance.carriers}
+  return {'params': params, 'router': {'bias_E': np.zeros(E, np.float32)}, 'ideas': carried}
 
 
 def apply(name: str, shape=(1, 1, 1), rows=slice(None), counts=None, training=True, x_BSD=None):
@@ -82,7 +88,10 @@ def apply(name: str, shape=(1, 1, 1), rows=slice(None), counts=None, training=Tr
   held = variables(name)
   if counts is not None:
     held = held | {'counts': {'sums': counts}}
-  return on_mesh(shape, layer(name, training=training).apply, held, x_BSD, where)
+  mesh = sh.make_mesh(shape)
+  with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):
+    out = compiled(name, training)(*place(mesh, held, x_BSD, where))
+    return jax.tree.map(np.asarray, out)
 
 
 whole = functools.cache(apply)
@@ -128,7 +137,7 @@ def test_expert_choice_is_balanced_exactly_and_looks_ahead_in_training_only():
 
 def test_capacity_bounds_every_expert_of_a_sequence_and_drops_the_lowest_scores():
   gate = make_gate(np.random.default_rng(0).normal(size=(3, 40, 16)), 'softmax', 4, bias_E=0.02)
-  kept_BSK = np.asarray(Capacity(factor=1.0).limit(gate, {}))
+  kept_BSK = np.asarray(jax.jit(lambda: Capacity(factor=1.0).limit(gate, {}))())
   chosen_BSK, score_BSE = np.asarray(gate.expert_BSK), np.asarray(gate.score_BSE)
   bound = 4 * 40 // 16
   for row in range(3):
@@ -190,6 +199,36 @@ def test_hash_chooses_by_the_token_alone():
   for token in range(V):
     assert len(np.unique(chosen_BSK[token_BS == token], axis=0)) == 1
   assert all(len(set(experts)) == K for experts in chosen_BSK.reshape(-1, K))
+
+
+def test_the_average_of_default_expert_leaves_out_nothing_that_capacity_drops():
+  _, dropping = apply('default_expert+capacity')
+  _, want = whole('default_expert')
+  assert dropping['dropped'] > 0
+  for key in ('default_expert.count_E', 'default_expert.output_ED'):
+    np.testing.assert_allclose(dropping[key], want[key], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['z_loss', 'default_expert'])
+def test_experts_multiply_in_the_precision_of_the_policy(name):
+  # FP8 is for widths of whole blocks of 128
+  wide = MoEConfig(num_experts=E, top_k=K, d_expert=128, num_shared=0)
+  module = layer(name).clone(cfg=wide, policy=policy('fp8_block'))
+  mesh = sh.make_mesh((1, 1, 1))
+  with jax.set_mesh(mesh):
+    _, x_BSD, where = place(mesh, {}, np.ones((B, S, 128), np.float32), draw()[1])
+    made = jax.eval_shape(module.init, jax.random.key(0), x_BSD, where)
+    assert 'f8_e4m3' in str(jax.make_jaxpr(module.apply)(made, x_BSD, where))
+
+
+@pytest.mark.parametrize('name', ['loss_free', 'phi'])
+def test_the_variables_of_these_tests_are_those_that_init_makes(name):
+  mesh = sh.make_mesh((1, 1, 1))
+  with jax.set_mesh(mesh):
+    _, x_BSD, where = place(mesh, {}, *draw())
+    made = jax.eval_shape(layer(name).init, jax.random.key(0), x_BSD, where)
+  shapes = lambda tree: jax.tree.map(lambda a: a.shape, tree)
+  assert shapes({'ideas': {}} | made) == shapes(variables(name))
 
 
 def test_ideas_without_memory_carry_nothing():
