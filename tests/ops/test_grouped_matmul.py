@@ -176,7 +176,7 @@ def test_bad_input_is_one_clear_line():
 
 
 def test_fallback_is_logged_once_with_its_reason(caplog):
-  from moe_jax.ops.grouped_matmul import backends
+  from moe_jax.ops import backends
 
   backends.log_fallback.cache_clear()
   x, w, sizes = jnp.zeros((8, 4)), jnp.zeros((2, 4, 6)), jnp.array([3, 5], jnp.int32)

@@ -18,13 +18,9 @@ from moe_jax import sharding as sh
 from moe_jax.ops.attention import mosaic_forward, mosaic_key_grads, mosaic_query_grads
 from moe_jax.ops.attention.bounds import visible_bounds
 from moe_jax.ops.attention.mosaic_common import ROWS
+from moe_jax.ops.backends import on_hopper
 
 # B batch  S sequence  H query heads  G key-value heads  C key width  V value width
-
-
-def on_hopper() -> bool:
-  device = jax.devices()[0]
-  return device.platform == 'gpu' and device.compute_capability == '9.0'
 
 
 def _on_gpu() -> bool:

@@ -9,25 +9,21 @@ places that it names. Backends: 'mosaic' (Hopper, bfloat16) and 'reference', the
 # B rows  S new tokens  H heads  V latent (value) width  C rope width  T places  K slots of a query
 # N queries (B*S)  P parts of a query's keys
 
-import functools
-import logging
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax.ops import backends
 from moe_jax.ops.attention import latent_attention
 from moe_jax.ops.sparse_mla import mosaic
 from moe_jax.ops.sparse_mla import sparse_mla as attend
 from moe_jax.ops.sparse_mla.mosaic_forward import HEADS, Keys
 
-IMPLEMENTATIONS = ('mosaic', 'reference')
 _BLOCK = 64
 # fewer keys than this in a part cost more to combine than they save
 _LEAST_KEYS = 256
 # blocks for each SM to have one, and half of the next round
 _BLOCKS_WANTED = 198
-_log = logging.getLogger(__name__)
 
 
 def decode_attention(
@@ -122,22 +118,8 @@ def join(o: jax.Array, lse: jax.Array, parts: int) -> jax.Array:
 
 
 def _choose(implementation: str | None, q_BSHV, q_rope_BSHC, num_places: int) -> str:
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise ValueError(f'implementation={implementation!r} must be None or in {IMPLEMENTATIONS}.')
-  if implementation == 'reference':
-    return 'reference'
   (H, V), C = q_BSHV.shape[-2:], q_rope_BSHC.shape[-1]
   problem = mosaic.unsupported(q_BSHV.dtype, H, V, C)
   if problem is None and num_places % 8:
     problem = f'needs a cache of a multiple of 8 places, got {num_places}'
-  if problem is None:
-    return 'mosaic'
-  if implementation == 'mosaic':
-    raise NotImplementedError(f'decode_attention, mosaic: {problem}.')
-  _log_fallback(problem)
-  return 'reference'
-
-
-@functools.cache
-def _log_fallback(problem: str) -> None:
-  _log.info('decode_attention: reference instead of mosaic, which %s.', problem)
+  return backends.choose('decode_attention', implementation, problem, fallback='reference')

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from moe_jax.ops.backends import choose
 from moe_jax.ops.grouped_matmul import layout, mosaic_gpu, xla
-from moe_jax.ops.grouped_matmul.backends import choose
 from moe_jax.ops.grouped_matmul.fp8 import grouped_matmul_fp8, weight_grad_fp8
 from moe_jax.ops.grouped_matmul.layout import padded_offsets
 
@@ -139,7 +139,8 @@ _grouped_matmul.defvjp(_forward, _backward)
 
 
 def _choose(implementation: str | None, x_RD: jax.Array, d: int, f: int) -> str:
-  return choose(implementation, mosaic_gpu.unsupported(x_RD.dtype, x_RD.shape[0], d, f))
+  problem = mosaic_gpu.unsupported(x_RD.dtype, x_RD.shape[0], d, f)
+  return choose('grouped_matmul', implementation, problem)
 
 
 def _check(

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from moe_jax.ops.backends import choose
 from moe_jax.ops.grouped_matmul import layout, mosaic_gpu, xla
-from moe_jax.ops.grouped_matmul.backends import choose
 from moe_jax.ops.quantize import TILE, Quantized, dequantize_blocks, dequantize_rows
 
 
@@ -56,7 +56,8 @@ def grouped_matmul_fp8(
   _check_scale('w', w, (num_experts, n, k), (num_experts, n // TILE, k // TILE))
   offsets_E = _check_groups(num_rows, num_experts, sizes_E, offsets_E)
   args = layout.match_vma(*x, *w, offsets_E, sizes_E)
-  if choose(implementation, mosaic_gpu.unsupported_fp8(x.values.dtype, w.values.dtype)) == 'xla':
+  problem = mosaic_gpu.unsupported_fp8(x.values.dtype, w.values.dtype)
+  if choose('grouped_matmul', implementation, problem) == 'xla':
     x, w = Quantized(*args[:2]), Quantized(*args[2:4])
     y = xla.forward(dequantize_rows(x), dequantize_blocks(w), *args[4:], transpose_w=True)
     return y.astype(dtype)
@@ -91,7 +92,8 @@ def weight_grad_fp8(
   offsets_E = _check_groups(num_rows, sizes_E.shape[0], sizes_E, offsets_E)
   layout.check_into(into, (*sizes_E.shape, d, f), dtype)
   args = layout.match_vma(*x, *dy, offsets_E, sizes_E)
-  if choose(implementation, mosaic_gpu.unsupported_fp8(x.values.dtype, dy.values.dtype)) == 'xla':
+  problem = mosaic_gpu.unsupported_fp8(x.values.dtype, dy.values.dtype)
+  if choose('grouped_matmul', implementation, problem) == 'xla':
     x_RD, dy_RF = (dequantize_rows(Quantized(*q)).T for q in (args[:2], args[2:4]))
     return xla.weight_grad(x_RD, dy_RF, *args[4:], dtype=jnp.dtype(dtype), into_EDF=into)
   return mosaic_gpu.weight_grad_fp8(*args, dtype=jnp.dtype(dtype), into_EDF=into)

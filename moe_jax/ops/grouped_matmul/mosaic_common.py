@@ -11,16 +11,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe_jax.ops.backends import num_sms
+
 # rows of one wgmma instruction
 SLAB = 64
-
-
-def _num_sms() -> int:
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if device is not None and device.num_cores:
-    return device.num_cores
-  # without a GPU this is the interpreter, where more blocks only take longer
-  return jax.devices()[0].core_count if jax.default_backend() == 'gpu' else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +33,7 @@ class Launch:
 
   @property
   def _units(self) -> int:
-    return max(1, _num_sms() // self.pair)
+    return max(1, num_sms() // self.pair)
 
   def index(self, i: jax.Array) -> jax.Array:
     """The i-th unit of work of this block."""

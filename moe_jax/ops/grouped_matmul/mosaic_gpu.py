@@ -5,6 +5,7 @@
 import jax
 import jax.numpy as jnp
 
+from moe_jax.ops.backends import on_hopper
 from moe_jax.ops.grouped_matmul import (
   layout,
   mosaic_rows,
@@ -13,11 +14,6 @@ from moe_jax.ops.grouped_matmul import (
   mosaic_weights_fp8,
   tiles,
 )
-
-
-def on_hopper() -> bool:
-  device = jax.devices()[0]
-  return device.platform == 'gpu' and device.compute_capability == '9.0'
 
 
 def unsupported(dtype: jnp.dtype, num_rows: int, d: int, f: int) -> str | None:

@@ -1,21 +1,17 @@
 """Which keys a query attends to, for some queries at a time: never the scores of all pairs."""
 
-import functools
-import logging
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax.ops import backends
 from moe_jax.ops.indexer import mosaic_scores, reference, triton_top_k
 
 # S queries  T keys  J index heads  I index width  K chosen  C queries of a chunk
 
-IMPLEMENTATIONS = ('kernels', 'xla')
 # float32 scores of a chunk: 512 MiB
 _CHUNK_ELEMENTS = 2**27
 _FP8 = jnp.float8_e4m3fn
-_log = logging.getLogger(__name__)
 
 
 def select_keys(
@@ -115,19 +111,5 @@ def _xla_top_k(score_CT: jax.Array, first_C: jax.Array, end_C: jax.Array, *, k: 
 
 
 def _choose(implementation: str | None, *shape) -> str:
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise ValueError(f'implementation={implementation!r} must be None or in {IMPLEMENTATIONS}.')
-  if implementation == 'xla':
-    return 'xla'
   problem = mosaic_scores.unsupported(*shape)
-  if problem is None:
-    return 'kernels'
-  if implementation == 'kernels':
-    raise NotImplementedError(f'select_keys, kernels: {problem}.')
-  _log_fallback(problem)
-  return 'xla'
-
-
-@functools.cache
-def _log_fallback(problem: str) -> None:
-  _log.info('select_keys: xla instead of the kernels: the first %s.', problem)
+  return backends.choose('select_keys', implementation, problem, fast='kernels')

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from moe_jax.ops.backends import on_hopper
 from moe_jax.ops.row_sums import add_rows, inverse
 from moe_jax.ops.sink_attention import (
   mosaic_backward,
@@ -32,9 +33,8 @@ def unsupported(
   q_BSHC: jax.Array, key_BSC: jax.Array, index_BSK: jax.Array | None = None
 ) -> str | None:
   """Why these kernels cannot run here, in one line, or None if they can."""
-  device = jax.devices()[0]
-  if device.platform != 'gpu' or device.compute_capability != '9.0':
-    return f'needs a Hopper GPU (compute capability 9.0), this is {device.device_kind}'
+  if not on_hopper():
+    return f'needs a Hopper GPU (compute capability 9.0), this is {jax.devices()[0].device_kind}'
   H, C = jax.typeof(q_BSHC).sharding.shard_shape(q_BSHC.shape)[2:]
   if C != mosaic_gather.WIDTH:
     return f'needs heads of width {mosaic_gather.WIDTH} (a warpgroup copies such rows), got {C}'

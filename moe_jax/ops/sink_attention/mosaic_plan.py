@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe_jax.ops.backends import num_sms
 from moe_jax.ops.sink_attention import mosaic_gather as mg
 
 HEADS = 64
@@ -59,11 +60,7 @@ class Plan:
 
   @property
   def _grid(self) -> int:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.num_cores:
-      return device.num_cores
-    # without a GPU this is the interpreter, where more blocks only take longer
-    return jax.devices()[0].core_count if jax.default_backend() == 'gpu' else 1
+    return num_sms()
 
   def share(self, num_queries: jax.Array | int) -> jax.Array:
     """How many items fall to this block."""

@@ -10,23 +10,21 @@ reference.py is the definition.
 # T queries  H heads  V latent (value) width  C rope width  S keys  K slots of a query
 
 import functools
-import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax.ops import backends
 from moe_jax.ops.grouped_matmul.layout import match_vma
 from moe_jax.ops.sparse_mla import mosaic, xla
 from moe_jax.ops.sparse_mla.mosaic_forward import Keys
 
 __all__ = ['key_mass', 'sparse_mla', 'unsupported']
 
-IMPLEMENTATIONS = ('mosaic', 'xla')
 # slots that the kernels take at a time
 _BLOCK = 64
-_log = logging.getLogger(__name__)
 
 
 def unsupported(
@@ -128,19 +126,4 @@ _mosaic.defvjp(_forward, _backward)
 
 
 def _choose(implementation: str | None, q_THV: jax.Array, q_rope_THC: jax.Array) -> str:
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise ValueError(f'implementation={implementation!r} must be None or in {IMPLEMENTATIONS}.')
-  if implementation == 'xla':
-    return 'xla'
-  problem = unsupported(q_THV, q_rope_THC)
-  if problem is None:
-    return 'mosaic'
-  if implementation == 'mosaic':
-    raise NotImplementedError(f'sparse_mla, mosaic: {problem}.')
-  _log_fallback(problem)
-  return 'xla'
-
-
-@functools.cache
-def _log_fallback(problem: str) -> None:
-  _log.info('sparse_mla: xla instead of mosaic, which %s.', problem)
+  return backends.choose('sparse_mla', implementation, unsupported(q_THV, q_rope_THC))

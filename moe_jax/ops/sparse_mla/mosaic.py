@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.ops import row_sums
-from moe_jax.ops.grouped_matmul.mosaic_gpu import on_hopper
+from moe_jax.ops.backends import on_hopper
 from moe_jax.ops.sparse_mla import mosaic_backward, mosaic_forward, mosaic_mass
 from moe_jax.ops.sparse_mla.mosaic_forward import Keys
 
