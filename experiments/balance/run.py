@@ -3,16 +3,20 @@
   python -m experiments.balance.run --tokens=tokens.xz --out=runs/balance \\
     --methods='none,aux 1e-3,loss-free' --seeds=0,1,2
 
-A method is compiled once (start several processes with a method each to use more cores); a seed
-changes the initial parameters, never the data or their order. Each run leaves
-OUT/ARG-METHOD-SEED.npz (see `Method.run`); a run that is there is not made again.
+A method is compiled once; a seed changes the initial parameters, never the data or their order.
+Each run leaves OUT/ARG-METHOD-SEED.npz (see `Method.run`); a run that is there is not made again.
+
+To use more cores, start a process for each method with --turns=FILE, the same in all: they compile
+at once and then train one after another, so that none slows another down.
 """
 
 import argparse
+import contextlib
+import fcntl
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +156,7 @@ def main() -> None:
   parser.add_argument('--arg', default='h100', help='of the config: h100, stress or tiny')
   parser.add_argument('--methods', default=','.join(METHODS))
   parser.add_argument('--seeds', default='0,1,2')
+  parser.add_argument('--turns', type=Path, help='a lock file, held while a method trains')
   parser.add_argument('--set', default='{}', help='JSON of further fields of the config')
   args = parser.parse_args()
   args.out.mkdir(parents=True, exist_ok=True)
@@ -169,12 +174,24 @@ def main() -> None:
         # what a stress run is judged by needs no evaluation
         evaluates, say = args.arg != 'stress', functools.partial(tell, name)
         method = Method(cfg, args.tokens, evaluates=evaluates, tell=say)
-        for seed, path in todo.items():
-          record = method.run(seed)
-          np.savez_compressed(path, **record)  # pyright: ignore[reportArgumentType]
-          print(report(name, seed, cfg, record), flush=True)
+        with turn(args.turns):
+          for seed, path in todo.items():
+            record = method.run(seed)
+            np.savez_compressed(path, **record)  # pyright: ignore[reportArgumentType]
+            print(report(name, seed, cfg, record), flush=True)
       except Exception as e:  # the other methods go on
         print(f'{name}: FAILED: {type(e).__name__}: {str(e)[:600]}', flush=True)
+
+
+@contextlib.contextmanager
+def turn(lock: Path | None) -> Iterator[None]:
+  """Waits until no other process holds `lock`, and holds it."""
+  if lock is None:
+    yield
+    return
+  with lock.open('w') as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
 
 
 def tell(method: str, text: str) -> None:

@@ -81,7 +81,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--corpus', type=Path, required=True)
   parser.add_argument('--out', type=Path, required=True)
-  parser.add_argument('--train-tokens', type=int, default=1_600_000, help='of each domain')
+  parser.add_argument('--train-tokens', type=int, default=2_200_000, help='of each domain')
   parser.add_argument('--validation-tokens', type=int, default=60_000, help='of each domain')
   args = parser.parse_args()
   write(

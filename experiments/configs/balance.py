@@ -18,7 +18,7 @@ DOMAINS = ('code_cpp', 'code_py', 'en_api', 'en_lit', 'en_ref', 'xx_he')
 
 def get_config(arg: str = 'h100') -> ml_collections.ConfigDict:
   c = base()
-  c.steps = 360
+  c.steps = 600
   c.precision = 'bfloat16'
   c.balance = 'loss_free'
 
@@ -41,22 +41,22 @@ def get_config(arg: str = 'h100') -> ml_collections.ConfigDict:
   c.data.domains = {
     name: dict(source=f'corpus/{name}.jsonl', weight=1.0, max_megabytes=6.0) for name in DOMAINS
   }
-  c.data.batch_size = 30
+  c.data.batch_size = 18
   c.data.sequence_length = 1024
 
   c.optim.lr_peak = 1e-3
-  c.optim.warmup_steps = 30
+  c.optim.warmup_steps = 40
   c.optim.lr_end_fraction = 0.02
   # spikes are what is counted: only steps that are not finite are refused
   c.guard.sigmas = 1e9
-  c.eval.interval_steps = 60
+  c.eval.interval_steps = 150
   c.eval.batches = 8
   c.checkpoint.interval_steps = 1_000
 
   if arg == 'stress':
-    c.steps = 80
+    c.steps = 150
     c.optim.lr_peak = 1e-2
-    c.optim.warmup_steps = 5
+    c.optim.warmup_steps = 10
   if arg == 'tiny':
     c.steps = 120
     c.precision = 'float32'
