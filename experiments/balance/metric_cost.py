@@ -10,11 +10,13 @@ import argparse
 import functools
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from experiments import flags
+from experiments.balance.turns import turn
 from experiments.bench.steps import batch_like_text
 from moe_jax import config_io
 from moe_jax import sharding as sh
@@ -46,6 +48,7 @@ def main() -> None:
   parser.add_argument('--balance', default='loss_free')
   parser.add_argument('--arg', default='h100')
   parser.add_argument('--repeats', type=int, default=40)
+  parser.add_argument('--turns', type=Path, help='a lock file, held while steps are timed')
   args = parser.parse_args()
   c = flags.load('experiments/configs/balance.py', args.arg)
   c.balance = args.balance
@@ -55,12 +58,13 @@ def main() -> None:
     batch = jax.device_put(batch_like_text(cfg), sh.batch_sharding(mesh))
     state, compiled = programs(cfg, batch)
     taken_s: dict[str, list[float]] = {name: [] for name in compiled}
-    for _ in range(args.repeats + 3):
-      for name, fn in compiled.items():
-        begun_s = time.perf_counter()
-        state, metrics = fn(state, batch)
-        jax.block_until_ready((state, metrics))
-        taken_s[name].append(time.perf_counter() - begun_s)
+    with turn(args.turns):
+      for _ in range(args.repeats + 3):
+        for name, fn in compiled.items():
+          begun_s = time.perf_counter()
+          state, metrics = fn(state, batch)
+          jax.block_until_ready((state, metrics))
+          taken_s[name].append(time.perf_counter() - begun_s)
   medians = {name: statistics.median(s[3:]) for name, s in taken_s.items()}
   for name, median_s in medians.items():
     steady = taken_s[name][3:]

@@ -11,12 +11,10 @@ at once and then train one after another, so that none slows another down.
 """
 
 import argparse
-import contextlib
-import fcntl
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ import numpy as np
 from experiments import flags
 from experiments.balance.methods import METHODS
 from experiments.balance.tokens import Rows
+from experiments.balance.turns import turn
 from moe_jax import config_io
 from moe_jax import sharding as sh
 from moe_jax.config import RunConfig
@@ -181,17 +180,6 @@ def main() -> None:
             print(report(name, seed, cfg, record), flush=True)
       except Exception as e:  # the other methods go on
         print(f'{name}: FAILED: {type(e).__name__}: {str(e)[:600]}', flush=True)
-
-
-@contextlib.contextmanager
-def turn(lock: Path | None) -> Iterator[None]:
-  """Waits until no other process holds `lock`, and holds it."""
-  if lock is None:
-    yield
-    return
-  with lock.open('w') as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    yield
 
 
 def tell(method: str, text: str) -> None:
