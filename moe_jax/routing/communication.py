@@ -6,7 +6,7 @@ from typing import ClassVar
 from jaxtyping import Array, Float
 
 from moe_jax.config import MoEConfig
-from moe_jax.routing.base import Gate, Idea, State, sequence_mean
+from moe_jax.routing.base import Gate, Idea, State, normalized, sequence_mean
 from moe_jax.routing.device_level import by_device, check_devices
 
 # B batch  S sequence  E experts  G devices, neighbouring experts on each
@@ -40,5 +40,6 @@ class Communication(Idea):
   def loss(self, gate: Gate, state: State) -> Float[Array, '']:
     sent_BSG = by_device(gate.selected_BSE, self.num_devices).max(-1)
     f_BG = sequence_mean(sent_BSG, gate.valid_BS) * (self.num_devices / self.device_limit)
-    p_BG = by_device(sequence_mean(gate.score_BSE, gate.valid_BS), self.num_devices).sum(-1)
+    p_BE = sequence_mean(normalized(gate.score_BSE), gate.valid_BS)
+    p_BG = by_device(p_BE, self.num_devices).sum(-1)
     return self.weight * (f_BG * p_BG).sum(-1).mean()

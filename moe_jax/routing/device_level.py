@@ -6,7 +6,7 @@ from typing import ClassVar
 from jaxtyping import Array, Float
 
 from moe_jax.config import MoEConfig
-from moe_jax.routing.base import Gate, Idea, State, sequence_mean
+from moe_jax.routing.base import Gate, Idea, State, normalized, sequence_mean
 
 # B batch  S sequence  E experts  G devices, neighbouring experts on each
 
@@ -32,7 +32,8 @@ class DeviceLevel(Idea):
   def loss(self, gate: Gate, state: State) -> Float[Array, '']:
     f_BE = sequence_mean(gate.selected_BSE, gate.valid_BS) * (gate.num_experts / gate.top_k)
     f_BG = by_device(f_BE, self.num_devices).mean(-1)
-    p_BG = by_device(sequence_mean(gate.score_BSE, gate.valid_BS), self.num_devices).sum(-1)
+    p_BE = sequence_mean(normalized(gate.score_BSE), gate.valid_BS)
+    p_BG = by_device(p_BE, self.num_devices).sum(-1)
     return self.weight * (f_BG * p_BG).sum(-1).mean()
 
 

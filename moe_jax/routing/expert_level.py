@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from jaxtyping import Array, Float
 
-from moe_jax.routing.base import Gate, Idea, State, sequence_balance
+from moe_jax.routing.base import Gate, Idea, State, normalized, sequence_balance
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,4 +23,4 @@ class ExpertLevel(Idea):
   weight: float = 1e-3
 
   def loss(self, gate: Gate, state: State) -> Float[Array, '']:
-    return self.weight * sequence_balance(gate.selected_BSE, gate.score_BSE, gate)
+    return self.weight * sequence_balance(gate.selected_BSE, normalized(gate.score_BSE), gate)

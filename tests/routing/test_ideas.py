@@ -169,6 +169,17 @@ def test_sequence_wise_counts_without_the_bias_and_expert_level_with_it(golden):
     assert (loss_of(idea, plain) != loss_of(idea, biased)) == differs
 
 
+@pytest.mark.parametrize(
+  'idea',
+  [ExpertLevel(), DeviceLevel(), Communication(), SequenceWise(), GlobalBatch()],
+  ids=lambda idea: idea.name,
+)
+def test_sigmoid_scores_that_all_shrink_together_lower_no_loss(golden, idea):
+  gate = gate_of(golden, 'sigmoid')
+  shrunk = gate._replace(score_BSE=gate.score_BSE / 8)
+  np.testing.assert_allclose(loss_of(idea, shrunk), loss_of(idea, gate), rtol=RTOL)
+
+
 @pytest.mark.parametrize('idea', [ExpertLevel(weight=1.0), GlobalBatch(weight=1.0)])
 def test_balance_losses_push_down_the_scores_of_crowded_experts(golden, idea):
   gate = gate_of(golden, 'softmax')
