@@ -10,6 +10,11 @@ METHODS: dict[str, dict[str, Any]] = {
   'loss-free': {'balance': 'loss_free', 'routing.loss_free.rate': 1e-3},
   'loss-free 3e-3': {'balance': 'loss_free', 'routing.loss_free.rate': 3e-3},
   'loss-free 1e-2': {'balance': 'loss_free', 'routing.loss_free.rate': 1e-2},
+  'loss-free decay': {
+    'balance': 'loss_free',
+    'routing.loss_free.rate': 1e-2,
+    'routing.loss_free.decay_from': 0.6,
+  },
   'proportional': {
     'balance': 'loss_free',
     'routing.loss_free.rule': 'proportional',

@@ -111,11 +111,16 @@ class Balance:
     load_LE: Float[Array, 'L E'],
     sums: Mapping[str, jax.Array],
     top_k: int,
+    progress: Float[Array, ''] | float = 0.0,
   ) -> tuple[Float[Array, 'L E'], States]:
-    """The bias and what the ideas carry, after a step that saw these loads and sums."""
+    """The bias and what the ideas carry, after a step that saw these loads and sums.
+
+    Args:
+      progress: share of the run that was done before the step.
+    """
     new = {}
     for idea in self.ideas:
-      seen = Seen(load_LE, own_sums(idea, sums), top_k)
+      seen = Seen(load_LE, own_sums(idea, sums), top_k, progress)
       state = idea.update(states.get(idea.name, {}), seen)
       bias_LE = idea.update_bias(bias_LE, state, seen)
       if idea.name in states:

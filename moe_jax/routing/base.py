@@ -59,6 +59,7 @@ class Seen(NamedTuple):
   load_LE: Float[Array, 'L E']  # tokens that chose each expert
   sums: State  # what the idea's own `measure` returned, [L, ...]
   top_k: int
+  progress: Float[Array, ''] | float = 0.0  # of the run, in [0, 1]
 
   @property
   def excess_LE(self) -> Float[Array, 'L E']:

@@ -24,22 +24,33 @@ class LossFree(Idea):
   Source: Wang et al. 2024, arXiv:2408.15664, Algorithm 1; rate 1e-3 there and in DeepSeek-V3, and
   section 4.3 for the proportional rule. Its table 2 (MaxVio 0.04 against 0.72 of the auxiliary
   loss, at a loss no worse) is the experiment of docs/balance.
+
+  A bias that jumps to the end is evaluated mid-jump: from `decay_from` of the run on the rate falls
+  linearly to zero. V3 stops the bias for its last thirtieth (arXiv:2412.19437, section 4.2).
   """
 
   name: ClassVar[str] = 'loss_free'
   rate: float = 1e-3
   rule: str = 'sign'
+  decay_from: float = 1.0  # of the run
 
   def check(self, moe: MoEConfig) -> None:
     if self.rule not in RULES:
       raise ValueError(
         f'routing.loss_free.rule={self.rule!r} is not one of {", ".join(RULES)}. Choose one.'
       )
+    if not 0 <= self.decay_from <= 1:
+      raise ValueError(
+        f'routing.loss_free.decay_from={self.decay_from} must lie in [0, 1], a share of the run. '
+        'Leave it at 1 for a constant rate.'
+      )
 
   def update_bias(
     self, bias_LE: Float[Array, 'L E'], state: State, seen: Seen
   ) -> Float[Array, 'L E']:
+    left = (1 - seen.progress) / max(1 - self.decay_from, 1e-9)
+    rate = self.rate * jnp.minimum(left, 1.0)
     if self.rule == 'proportional':
-      return bias_LE - self.rate * seen.excess_LE
+      return bias_LE - rate * seen.excess_LE
     load_LE = seen.load_LE
-    return bias_LE + self.rate * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)
+    return bias_LE + rate * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)

@@ -191,7 +191,12 @@ def router_metrics(load_LE: jax.Array, sums: Metrics, bias_LE: jax.Array) -> Met
 
 
 def update_routing(
-  cfg: RunConfig, balance: routing.Balance, rest: Any, load_LE: jax.Array, sums: Metrics
+  cfg: RunConfig,
+  balance: routing.Balance,
+  rest: Any,
+  load_LE: jax.Array,
+  sums: Metrics,
+  progress: jax.Array,
 ) -> tuple[Any, jax.Array]:
   """The selection biases and what ideas carry after a step, as a new `rest`; and the biases [L, E].
 
@@ -205,7 +210,7 @@ def update_routing(
   bias_LE = layers.stack(router, 'bias_E')
   states = {idea.name: layers.stack(ideas, idea.name) for idea in balance.carriers}
   seen_LE = load_LE if everywhere else load_LE[gated]
-  bias_LE, states = balance.update(bias_LE, states, seen_LE, sums, cfg.model.moe.top_k)
+  bias_LE, states = balance.update(bias_LE, states, seen_LE, sums, cfg.model.moe.top_k, progress)
   router = layers.merge(router, layers.unstack(router, 'bias_E', bias_LE))
   for name, state in states.items():
     ideas = layers.merge(ideas, layers.unstack(ideas, name, state))
@@ -239,7 +244,8 @@ def make_train_step(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[Train
     rest = state.rest
     if state.router:
       sums = {key.removeprefix('sum/'): v for key, v in seen.items() if key.startswith('sum/')}
-      new, bias_LE = update_routing(cfg, model.balance, rest, seen['load_LE'], sums)
+      progress = state.guard.accepted / cfg.steps
+      new, bias_LE = update_routing(cfg, model.balance, rest, seen['load_LE'], sums, progress)
       rest = _where_trained(cfg, new, rest)
       metrics |= router_metrics(seen['load_LE'], sums, bias_LE)
       router_LDE = layers.stack(grads, 'router_DE')

@@ -192,6 +192,14 @@ def seen(load_LE, **sums) -> Seen:
   return Seen(jnp.asarray(load_LE, jnp.float32), sums, top_k=4)
 
 
+@pytest.mark.parametrize(('progress', 'share'), [(0.0, 1), (0.5, 1), (0.75, 0.5), (1.0, 0)])
+def test_loss_free_rate_falls_to_zero_from_decay_from_on(progress, share):
+  load_LE = jnp.array([[1.0, 2.0, 3.0]])
+  idea = LossFree(rate=1e-2, decay_from=0.5)
+  new_LE = idea.update_bias(jnp.zeros((1, 3)), {}, Seen(load_LE, {}, 1, progress))
+  np.testing.assert_allclose(new_LE, [[1e-2 * share, 0, -1e-2 * share]], rtol=1e-5)
+
+
 def test_loss_free_step_equals_the_golden_step(golden):
   bias_LE = jnp.full((2, 16), 0.5)
   load_E = gate_of(golden, 'sigmoid').load_E
@@ -266,6 +274,7 @@ def test_default_fields_name_every_idea_and_build_it():
     ('gshard', {}, 'gshard is defined for model.moe.top_k=2, not 4'),
     ('device_level', {'device_level': {'num_devices': 3}}, 'num_devices=3 must divide'),
     ('capacity', {'capacity': {'factor': -1.0}}, 'routing.capacity.factor=-1.0 must be positive'),
+    ('loss_free', {'loss_free': {'decay_from': 2.0}}, 'decay_from=2.0 must lie in [0, 1]'),
     ('loss_free', {'loss_free': {'rule': 'sgn'}}, "rule='sgn' is not one of sign, proportional"),
   ],
 )
