@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from moe_jax.analysis import style
 from moe_jax.analysis.stability import stability
@@ -201,6 +201,8 @@ def specialisation(records: Records) -> Figure:
   for method in order:
     axes.plot(bits[method], [method] * len(bits[method]), 'o', color=style.BLUE, markersize=4)
   axes.set_xlabel('mutual information of expert and domain, bits (six equal domains: 2.58)')
+  axes.xaxis.set_major_locator(MaxNLocator(5))
+  axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{x:g}'))
   axes.grid(axis='y', visible=False)
   finding = (
     f'Experts specialise most with {order[-1]} ({np.mean(bits[order[-1]]):.2f} bits of the '
@@ -219,7 +221,9 @@ def main() -> None:
   records, stress = read(args.runs, 'h100') or read(args.runs, 'tiny'), read(args.runs, 'stress')
   parts = [table(records, args.baseline), stability_table(records)]
   if stress:
-    parts.append('Stress: four times the learning rate.\n\n' + stability_table(stress))
+    parts.append(
+      'Stress: four times the learning rate, gradients not clipped.\n\n' + stability_table(stress)
+    )
   (args.out / 'tables.md').write_text('\n\n'.join(parts) + '\n')
   results: dict[str, Any] = {
     name: {
