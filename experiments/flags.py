@@ -1,6 +1,7 @@
 """The command line: --config=FILE:ARG, dotted overrides, and one clear line for every mistake."""
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,9 +33,12 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues) -> None:
   """Parses plain flags; raises UsageError for one that is unknown or has an impossible value."""
   try:
     extra = values(argv)[1:]
+  except flags.UnrecognizedFlagError as error:
+    known = set(values) - {'flagfile', 'undefok'}
+    nearest = config_io.nearest(error.flagname, known)
+    raise UsageError(f'--{error.flagname} is not a flag. {nearest}') from error
   except flags.Error as error:
-    text = one_line(error).removeprefix('flag ').replace(': ', ' ').rstrip('? .')
-    raise UsageError(f'{text}.') from error
+    raise UsageError(f'{one_line(error).removeprefix("flag ").rstrip(".")}.') from error
   if extra:
     raise UsageError(f'{extra[0]!r} is not understood. Flags are written --name=value.')
 
@@ -86,7 +90,8 @@ def _explain(argv: Sequence[str], error: Exception) -> str:
     try:
       known = load(file, arg)
     except Exception as e:
-      return f'--config={given}: {file} failed: {one_line(e).rstrip(".")}.'
+      reason = one_line(e).rstrip('.')
+      return f'--config={given}: {file} failed: {reason}{"" if reason[-1] == "?" else "."}'
     for override in argv:
       if override.startswith('--config.'):
         name = override.removeprefix('--config.').partition('=')[0]
@@ -102,6 +107,8 @@ def load(file: str, arg: str = '') -> ml_collections.ConfigDict:
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
+  if arg and not inspect.signature(module.get_config).parameters:
+    raise UsageError(f'it takes no argument. Leave out :{arg}.')
   return module.get_config(arg) if arg else module.get_config()
 
 

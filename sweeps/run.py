@@ -74,7 +74,7 @@ def _define() -> flags.FlagValues:
   text(
     'slurm',
     '',
-    "submitit's parameters, such as partition=gpu,timeout_min=600,gpus_per_node=1.",
+    "submitit's parameters, such as partition=gpu,time=600,gpus_per_node=1.",
     flag_values=values,
   )
   return values

@@ -11,12 +11,13 @@ for a CPU; `:stress` has four times the learning rate, unclipped. A single run o
 
 import ml_collections
 
-from experiments.configs.base import base
+from experiments.configs.base import base, check_argument
 
 DOMAINS = ('code_cpp', 'code_py', 'en_api', 'en_lit', 'en_ref', 'xx_he')
 
 
 def get_config(arg: str = 'h100') -> ml_collections.ConfigDict:
+  check_argument(arg, 'h100', 'stress', 'tiny')
   c = base()
   c.steps = 600
   c.precision = 'bfloat16'

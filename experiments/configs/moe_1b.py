@@ -7,10 +7,11 @@ python -m experiments.run --config=experiments/configs/moe_1b.py --workdir=runs/
 
 import ml_collections
 
-from experiments.configs.base import base
+from experiments.configs.base import base, check_argument
 
 
 def get_config(arg: str = 'text') -> ml_collections.ConfigDict:
+  check_argument(arg, 'text', 'synthetic')
   c = base()
   c.steps = 2_000
   c.precision = 'bfloat16'

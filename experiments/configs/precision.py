@@ -8,10 +8,11 @@
 
 import ml_collections
 
-from experiments.configs.base import base
+from experiments.configs.base import base, check_argument
 
 
 def get_config(arg: str = 'full') -> ml_collections.ConfigDict:
+  check_argument(arg, 'full', 'tiny')
   c = base()
   c.steps = 2_000
   c.precision = 'bfloat16'

@@ -5,11 +5,12 @@ python -m experiments.run --config=experiments/configs/small.py --workdir=runs/s
 
 import ml_collections
 
-from experiments.configs.base import base
+from experiments.configs.base import base, check_argument
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
+def get_config(arg: str = 'text') -> ml_collections.ConfigDict:
   """Argument `bytes`: two layers on bytes, where the embedding is small beside them."""
+  check_argument(arg, 'text', 'bytes')
   c = base()
   c.steps = 150
   c.balance = 'loss_free+sequence_wise'

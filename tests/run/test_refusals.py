@@ -125,13 +125,25 @@ def test_a_config_file_that_fails_is_one_line(refuse, tmp_path):
     assert part in line
 
 
+@pytest.mark.parametrize(
+  ('config', 'part'),
+  [
+    ('small.py:bites', "'bites' is not an argument of this config. Did you mean bytes?"),
+    ('quickstart.py:tiny', 'it takes no argument. Leave out :tiny.'),
+  ],
+)
+def test_an_argument_that_a_config_does_not_know_is_one_line(refuse, tmp_path, config, part):
+  line = refuse(f'--workdir={tmp_path / "run"}', config=f'experiments/configs/{config}')
+  assert part in line
+
+
 def test_missing_flags_are_one_line(refuse, tmp_path):
   assert '--workdir is missing' in refuse()
   assert '--config is missing' in refuse(f'--workdir={tmp_path / "run"}', config=None)
 
 
 def test_an_unknown_flag_is_one_line(refuse, tmp_path):
-  assert "'wrkdir'" in refuse(f'--wrkdir={tmp_path / "run"}')
+  assert '--wrkdir is not a flag. Did you mean workdir?' in refuse(f'--wrkdir={tmp_path / "run"}')
   assert "'extra' is not understood" in refuse('extra', f'--workdir={tmp_path / "run"}')
 
 

@@ -7,11 +7,12 @@ Source: arXiv:2401.06066, section 5.1 and table 2; the vocabulary is the release
 
 import ml_collections
 
-from experiments.configs.base import base
+from experiments.configs.base import base, check_argument
 from experiments.configs.deepseek.tiny import shrink
 
 
 def get_config(arg: str = 'full') -> ml_collections.ConfigDict:
+  check_argument(arg, 'full', 'tiny')
   c = base()
   c.steps = 106_449
   c.precision = 'bfloat16'

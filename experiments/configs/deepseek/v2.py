@@ -9,11 +9,12 @@ Source: arXiv:2405.04434, section 3.1.
 
 import ml_collections
 
-from experiments.configs.base import base
+from experiments.configs.base import base, check_argument
 from experiments.configs.deepseek.tiny import shrink
 
 
 def get_config(arg: str = 'full') -> ml_collections.ConfigDict:
+  check_argument(arg, 'full', 'tiny')
   c = base()
   c.steps = 214_600  # 8.1T tokens
   c.precision = 'bfloat16'

@@ -9,11 +9,12 @@ over the first 469B tokens, holds the rate until 10T and ends in two plateaus; h
 
 import ml_collections
 
-from experiments.configs.base import base
+from experiments.configs.base import base, check_argument
 from experiments.configs.deepseek.tiny import shrink
 
 
 def get_config(arg: str = 'full') -> ml_collections.ConfigDict:
+  check_argument(arg, 'full', 'tiny')
   c = base()
   c.steps = 235_200  # 14.8T tokens
   c.precision = 'bfloat16'

@@ -10,15 +10,12 @@ experts is V3's: the paper does not speak of it. Source: arXiv:2512.02556, secti
 
 import ml_collections
 
-from experiments.configs.base import base
+from experiments.configs.base import base, check_argument
 from experiments.configs.deepseek.tiny import shrink
-
-ARGUMENTS = ('full', 'warmup', 'tiny', 'tiny_warmup')
 
 
 def get_config(arg: str = 'full') -> ml_collections.ConfigDict:
-  if arg not in ARGUMENTS:
-    raise ValueError(f'{arg!r} is not one of {", ".join(ARGUMENTS)}.')
+  check_argument(arg, 'full', 'warmup', 'tiny', 'tiny_warmup')
   warmup = arg.endswith('warmup')
   c = base()
   c.steps = 1000 if warmup else 15_000  # 2.1B and 943.7B tokens

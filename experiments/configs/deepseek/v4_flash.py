@@ -9,10 +9,11 @@ tokens; here the batch is the largest throughout. Source: arXiv:2606.19348, sect
 
 import ml_collections
 
-from experiments.configs.base import base
+from experiments.configs.base import base, check_argument
 
 
 def get_config(arg: str = 'full') -> ml_collections.ConfigDict:
+  check_argument(arg, 'full', 'tiny')
   c = base()
   c.steps = 424_000  # 32T tokens
   c.precision = 'bfloat16'
@@ -61,8 +62,6 @@ def get_config(arg: str = 'full') -> ml_collections.ConfigDict:
   c.optim.eps = 1e-20
   if arg == 'tiny':
     shrink(c, ('sliding', 'sliding', 'csa', 'hca', 'csa'))
-  elif arg != 'full':
-    raise ValueError(f'{arg!r} is not one of full, tiny.')
   return c
 
 

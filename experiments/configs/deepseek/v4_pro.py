@@ -8,10 +8,12 @@ arXiv:2606.19348, section 4.2.
 
 import ml_collections
 
+from experiments.configs.base import check_argument
 from experiments.configs.deepseek import v4_flash
 
 
 def get_config(arg: str = 'full') -> ml_collections.ConfigDict:
+  check_argument(arg, 'full', 'tiny')
   c = v4_flash.get_config()
   c.steps = 350_000  # 33T tokens
 
@@ -30,6 +32,4 @@ def get_config(arg: str = 'full') -> ml_collections.ConfigDict:
   c.optim.lr_peak = 2.0e-4
   if arg == 'tiny':
     v4_flash.shrink(c, ('hca', 'csa', 'hca', 'csa'))
-  elif arg != 'full':
-    raise ValueError(f'{arg!r} is not one of full, tiny.')
   return c
