@@ -9,7 +9,6 @@ figure and FOLDER/summary.json have every run's loss relative to bfloat16's, ove
 and over the last quarter, DeepSeek-V3's measure of FP8 (below 0.25%; arXiv:2412.19437, B.1).
 """
 
-import argparse
 import copy
 import functools
 import json
@@ -24,6 +23,7 @@ import numpy as np
 from absl import flags as absl_flags
 
 from experiments import flags
+from experiments.command import Parser, one_of
 from moe_jax import config_io
 from moe_jax import sharding as sh
 from moe_jax.analysis.precision import draw, summarize
@@ -86,15 +86,14 @@ def _losses(path: pathlib.Path) -> np.ndarray:
 
 
 def main(argv: list[str]) -> int:
-  parser = argparse.ArgumentParser(prog='python -m experiments.compare_precision')
-  parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  parser.add_argument('--only', default='', help='runs with this name; all without it')
+  parser = Parser('experiments.compare_precision', __doc__)
+  parser.add_argument('--workdir', type=pathlib.Path, required=True, help='folder of results')
+  about = f'one of {", ".join(RUNS)}; all without it'
+  parser.add_argument('--only', type=one_of(RUNS), default='', help=about)
   args, rest = parser.parse_known_args(argv[1:])
   values = absl_flags.FlagValues()
   try:
     raw, _ = flags.parse([argv[0], *rest], values, flags.define(values))
-    if args.only and args.only not in RUNS:
-      raise ValueError(f'--only={args.only!r} is not one of {", ".join(RUNS)}.')
     args.workdir.mkdir(parents=True, exist_ok=True)
     for name, overrides in RUNS.items():
       path = args.workdir / f'{name}.json'

@@ -80,7 +80,11 @@ class SlurmLauncher:
       with contextlib.redirect_stderr(io.StringIO()), self._executor.batch():
         jobs = [self._executor.submit(job) for job in work]
     except self._submitit.core.utils.FailedJobError as e:
-      raise SweepError(f'sbatch refuses the jobs: {" ".join(str(e).split())}') from e
+      reason = ' '.join(str(e).split()).rstrip('.')
+      raise SweepError(
+        f'sbatch refuses the jobs: {reason}. Give --slurm what the site wants, from a machine '
+        'where sbatch works by hand.'
+      ) from e
     for (row, record), job in zip(new, jobs, strict=True):
       record.job = job.job_id
       record.write(row)

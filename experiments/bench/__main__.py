@@ -5,7 +5,6 @@ shapes, to show that it works, and keeps nothing. A selection by --only is kept 
 --out alone.
 """
 
-import argparse
 import importlib
 import os
 import pathlib
@@ -17,17 +16,21 @@ os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
 import jax
 
 from experiments.bench import suites, table
+from experiments.command import Parser, one_of
 
 
 def main() -> None:
   names = sorted(module.name for module in pkgutil.iter_modules(suites.__path__))
-  parser = argparse.ArgumentParser(prog='python -m experiments.bench')
-  parser.add_argument('--suite', choices=names, required=True)
-  parser.add_argument('--out', type=pathlib.Path, default=table.RESULTS)
+  parser = Parser('experiments.bench', __doc__)
+  about = f'one of {", ".join(names)}'
+  parser.add_argument('--suite', type=one_of(names), required=True, help=about)
+  parser.add_argument('--out', type=pathlib.Path, default=table.RESULTS, help='folder of results')
   parser.add_argument('--only', default='', help='shapes whose name contains this text')
   args = parser.parse_args()
   suite = importlib.import_module(f'experiments.bench.suites.{args.suite}')
   device = jax.devices()[0]
+  if device.platform != 'gpu':
+    print(f'{device.device_kind} is no GPU: tiny shapes, to see the suite work; nothing is kept.')
   rows = []
   for case in suite.run(args.only):
     table.show(case, f'{args.suite} on {device.device_kind}, jax {jax.__version__}')

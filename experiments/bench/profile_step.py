@@ -7,7 +7,6 @@ Prints memory, tokens/s and MFU of the whole step, then device time by operation
 buffers, which hide names from the profiler, are off while it runs; that costs under 1%.
 """
 
-import argparse
 import collections
 import os
 import pathlib
@@ -23,6 +22,7 @@ from absl import flags as absl_flags
 
 from experiments import flags
 from experiments.bench import steps
+from experiments.command import Parser
 from moe_jax import config_io
 
 # what jax wraps a name in
@@ -62,14 +62,18 @@ def by_operation(profile: pathlib.Path, hlo: str) -> collections.Counter:
 
 
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='python -m experiments.bench.profile_step')
-  parser.add_argument('--steps', type=int, default=5)
-  parser.add_argument('--top', type=int, default=40)
+  parser = Parser('experiments.bench.profile_step', __doc__)
+  parser.add_argument('--steps', type=int, default=5, help='that are timed')
+  parser.add_argument('--top', type=int, default=40, help='operations that are listed')
   parser.add_argument('--hlo', type=pathlib.Path, help='keeps the compiled program here')
   args, rest = parser.parse_known_args(argv[1:])
   values = absl_flags.FlagValues()
-  raw, _ = flags.parse([argv[0], *rest], values, flags.define(values))
-  step = steps.Step(config_io.build(raw.to_dict()))
+  try:
+    raw, _ = flags.parse([argv[0], *rest], values, flags.define(values))
+    cfg = config_io.build(raw.to_dict())
+  except ValueError as error:
+    parser.error(flags.one_line(error))
+  step = steps.Step(cfg)
   hlo = step.compiled.as_text() or ''
   if args.hlo:
     args.hlo.write_text(hlo)
