@@ -129,11 +129,13 @@ def curves_figure(
 ) -> Figure:
   """A metric over steps: the mean over seeds of each method, and the range of its seeds.
 
-  The title has means over the last tenth of the steps.
+  The title has means over the last tenth of the steps, and says where the paired difference of the
+  lowest to the baseline is noise.
   """
   fig, (axes,) = style.panels(3.6)
   colours = iter(COLOURS)
-  ends, window = {}, 1
+  ends: dict[str, dict[int, float]] = {}
+  window = 1
   for method in sorted(curves, key=lambda m: m != baseline):
     colour = GREY if method == baseline else next(colours)
     smoothed = []
@@ -141,9 +143,7 @@ def curves_figure(
       value_S, window = smooth(values_S)
       smoothed.append(value_S)
     smoothed_NS = np.stack(smoothed)
-    ends[method] = float(
-      np.mean([v[-max(1, len(v) // 10) :].mean() for v in curves[method].values()])
-    )
+    ends[method] = {seed: v[-max(1, len(v) // 10) :].mean() for seed, v in curves[method].items()}
     look = {'color': colour, 'alpha': 0.18, 'linewidth': 0}
     axes.fill_between(steps_S, smoothed_NS.min(0), smoothed_NS.max(0), **look)
     axes.plot(steps_S, smoothed_NS.mean(0), color=colour, linewidth=1.8, label=method)
@@ -151,10 +151,13 @@ def curves_figure(
   axes.set_xlabel(f'step (mean of {window} steps; bands: range of the seeds)')
   axes.set_ylabel(name)
   fig.legend(loc='outside right center')
-  lowest = min(ends, key=lambda m: ends[m])
-  finding = f'{name[:1].upper()}{name[1:]} ends lowest with {lowest}, {ends[lowest]:.2f}'
+  mean = {method: np.mean(list(values.values())) for method, values in ends.items()}
+  lowest = min(mean, key=lambda m: mean[m])
+  finding = f'{name[:1].upper()}{name[1:]} ends lowest with {lowest}, {mean[lowest]:.2f}'
   if lowest != baseline:
-    finding += f'; {baseline} has {ends[baseline]:.2f}'
+    finding += f'; {baseline} has {mean[baseline]:.2f}'
+    if not paired(ends[lowest], ends[baseline]).differs:
+      finding += ', within noise'
   return style.title(fig, finding)
 
 

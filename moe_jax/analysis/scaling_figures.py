@@ -50,7 +50,7 @@ def isoflop_figure(runs: Runs, fit: Fit, *, parameters: str) -> Figure:
     left.plot(sizes, fit.law.loss(sizes, tokens(sizes)), color=colour, linewidth=1.6)
     left.plot(runs.params_R[here], runs.loss_R[here], 'o', color=colour, markersize=5)
     lowest = fit.law.loss(np.array(best[-1]), tokens(np.array(best[-1])))
-    left.plot(best[-1], lowest, marker='D', color='white', markeredgecolor=colour, markersize=6)
+    left.plot(best[-1], lowest, marker='D', color='none', markeredgecolor=colour, markersize=9)
     end = float(fit.law.loss(sizes[-1:], tokens(sizes[-1:]))[0])
     at = {'xytext': (7, 0), 'textcoords': 'offset points', 'va': 'center', 'color': colour}
     left.annotate(f'{budget:.1e}'.replace('+', ''), (float(sizes[-1]), end), **at)

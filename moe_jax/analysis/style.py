@@ -67,7 +67,8 @@ def panels(
 
 
 def title(fig: Figure, finding: str) -> Figure:
-  text = textwrap.fill(finding, 82)
+  # a value and its interval stay on one line
+  text = textwrap.fill(finding.replace(' +- ', '+-'), 82).replace('+-', ' +- ')
   fig.suptitle(text, x=0.012, ha='left', fontsize=11.5, fontweight='bold', color='#222222')
   return fig
 
