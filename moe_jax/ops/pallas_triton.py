@@ -61,14 +61,39 @@ def call(
   args = match_vma(*args)
   varying = jax.typeof(args[0]).mat
   out = jax.tree.map(lambda a: a.update(manual_axis_type=varying), out)
-  run = pl.pallas_call(
-    kernel,
-    grid=grid,
-    out_shape=out,
-    input_output_aliases=aliases or {},
-    compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-    interpret=jax.default_backend() != 'gpu',
-  )
+  leaves, tree = jax.tree.flatten(out)
+  static: dict[str, Any] = {}
+  if isinstance(kernel, functools.partial):
+    kernel, static = kernel.func, kernel.keywords
+  launch = _launch(
+    kernel, tuple(static.items()), grid, tuple(leaves), tree, num_warps, num_stages,
+    tuple((aliases or {}).items()), jax.default_backend() != 'gpu',
+  )  # fmt: skip
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', message='.*Triton backend is deprecated.*')
-    return run(*args)
+    return launch(*args)
+
+
+@functools.cache
+def _launch(
+  kernel: Callable,
+  static: tuple[tuple[str, Any], ...],
+  grid: tuple[int, ...],
+  leaves: tuple[jax.ShapeDtypeStruct, ...],
+  tree: Any,
+  num_warps: int,
+  num_stages: int,
+  aliases: tuple[tuple[int, int], ...],
+  interpret: bool,
+) -> Callable:
+  """Jitted, so that a program lowers and compiles a kernel once, however often it launches it."""
+  return jax.jit(
+    pl.pallas_call(
+      functools.partial(kernel, **dict(static)),
+      grid=grid,
+      out_shape=jax.tree.unflatten(tree, leaves),
+      input_output_aliases=dict(aliases),
+      compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+      interpret=interpret,
+    )
+  )

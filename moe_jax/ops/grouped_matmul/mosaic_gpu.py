@@ -1,6 +1,12 @@
-"""Hopper backend: which shapes it takes, which tiles it uses. The kernels are in mosaic_*.py."""
+"""Hopper backend: which shapes it takes, which tiles it uses. The kernels are in mosaic_*.py.
+
+Each is a jitted function of its own, so that call sites of one shape share one kernel: to lower one
+takes Python most of a second, and a training step in FP8 has sixty sites.
+"""
 
 # R rows  D in  F out  E experts  K contracted  N columns of the result  B blocks of 128
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +35,7 @@ def unsupported(dtype: jnp.dtype, num_rows: int, d: int, f: int) -> str | None:
   return None
 
 
+@functools.partial(jax.jit, static_argnames=('transpose_w', 'tile'))
 def forward(
   x_RD: jax.Array,
   w_EDF: jax.Array,
@@ -48,6 +55,7 @@ def forward(
   return layout.match_vma(y_RN, x_RD)[0]
 
 
+@functools.partial(jax.jit, static_argnames=('dtype', 'tile'))
 def weight_grad(
   x_RD: jax.Array,
   dy_RF: jax.Array,
@@ -77,6 +85,7 @@ def unsupported_fp8(a: jnp.dtype, b: jnp.dtype) -> str | None:
   return None
 
 
+@functools.partial(jax.jit, static_argnames=('dtype', 'tile'))
 def forward_fp8(
   x_RK: jax.Array,
   x_scale_BR: jax.Array,
@@ -98,6 +107,7 @@ def forward_fp8(
   return layout.match_vma(y_RN, x_RK)[0]
 
 
+@functools.partial(jax.jit, static_argnames=('dtype', 'tile'))
 def weight_grad_fp8(
   x_DR: jax.Array,
   x_scale_BD: jax.Array,
