@@ -22,6 +22,7 @@ from moe_jax.config.model import (
   MoEConfig,
   MTPConfig,
 )
+from moe_jax.config.optim import GuardConfig, MuonConfig, OptimConfig
 from moe_jax.config.precision import PRECISIONS, PrecisionOverrides
 from moe_jax.config.rules import require
 from moe_jax.config.run import (
@@ -29,11 +30,8 @@ from moe_jax.config.run import (
   DataConfig,
   DomainConfig,
   EvalConfig,
-  GuardConfig,
   LogConfig,
   MeshConfig,
-  MuonConfig,
-  OptimConfig,
   RunConfig,
   SampleConfig,
 )
