@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_jax.ops import row_sums
-from moe_jax.ops.indexer import reference
+from moe_jax.ops import backends, row_sums
+from moe_jax.ops.indexer import reference, triton_loss
 
 _CHUNK_ELEMENTS = 2**26
+# of the pairs' rows, where a kernel leaves nothing else: 1 GiB in bfloat16
+_KERNEL_CHUNK_ELEMENTS = 2**29
 
 
 def sparse_index_loss(
@@ -29,6 +31,8 @@ def sparse_index_loss(
   count_S: Int[Array, 'S'],
   target_SK: Float[Array, 'S K'],
   importance_S: Float[Array, 'S'],
+  *,
+  implementation: str | None = None,
 ) -> Float[Array, '']:
   """sum_s importance_s KL(target_s || softmax(index scores of the chosen keys)).
 
@@ -37,9 +41,14 @@ def sparse_index_loss(
 
   Args:
     target_SK: float32, sums to 1 over the first count_S slots of each query that matters.
+    implementation: 'triton' (bfloat16) or 'xla', which then runs or raises NotImplementedError with
+      the reason. None takes the fastest that can.
   """
   data = jax.lax.stop_gradient((index_SK, count_S, target_SK, importance_S))
-  return _with_gradient(_sparse_chunks, (q_SJI, k_TI, weight_SJ), data)
+  problem = triton_loss.unsupported(q_SJI.dtype, *q_SJI.shape[1:])
+  by = backends.choose('sparse_index_loss', implementation, problem, fast='triton')
+  chunks = _kernel_chunks if by == 'triton' else _sparse_chunks
+  return _with_gradient(chunks, (q_SJI, k_TI, weight_SJ), data)
 
 
 def dense_index_loss(
@@ -68,6 +77,34 @@ def dense_index_loss(
     (q_SJI, k_SI, weight_SJ),
     data,
   )
+
+
+def _kernel_chunks(q_SJI, k_TI, weight_SJ, index_SK, count_S, target_SK, importance_S):
+  (S, J, I), T = q_SJI.shape, k_TI.shape[0]
+  named_SK = jnp.arange(index_SK.shape[1]) < count_S[:, None]
+  whole = lambda a, fill: jnp.pad(
+    jnp.where(named_SK, a, fill), ((0, 0), (0, -a.shape[1] % triton_loss.BLOCK)),
+    constant_values=fill,
+  )  # fmt: skip
+  key_SK, target_SK = whole(index_SK, T), whole(target_SK, 0)
+  size = chunk_size(S, key_SK.shape[1] * I, _KERNEL_CHUNK_ELEMENTS)
+
+  def one_chunk(carry, args):
+    loss, dk_TI = carry
+    q, weight, key, count, target, importance = args
+    index = jnp.where(key < T, key, 0)
+    kl_M, dq_MJI, dweight_MJ, pair_MKI = triton_loss.loss_and_gradients(
+      q, k_TI, weight, index, count, target, importance
+    )
+    order, start = row_sums.inverse(key.reshape(-1), T)
+    dk_TI = row_sums.add_rows(dk_TI, pair_MKI.reshape(-1, I), order, start)
+    return (loss + (kl_M * importance).sum(), dk_TI), (dq_MJI, dweight_MJ)
+
+  split = lambda a: a.reshape(S // size, size, *a.shape[1:])
+  args = q_SJI, weight_SJ, key_SK, count_S, target_SK, importance_S
+  zero = jnp.float32(0), jnp.zeros((T, I), jnp.float32)
+  (loss, dk_TI), (dq, dweight) = jax.lax.scan(one_chunk, zero, tuple(map(split, args)))
+  return loss, (dq.reshape(S, J, I), dk_TI, dweight.reshape(S, J))
 
 
 def _sparse_chunks(q_SJI, k_TI, weight_SJ, index_SK, count_S, target_SK, importance_S):
@@ -173,7 +210,7 @@ def _backward(chunks, kept, dloss):
 _with_gradient.defvjp(_forward, _backward)
 
 
-def chunk_size(num_queries: int, elements_a_query: int) -> int:
+def chunk_size(num_queries: int, elements_a_query: int, elements: int = _CHUNK_ELEMENTS) -> int:
   """The largest divisor of the queries that keeps a chunk's pairs in bounds, at least 1."""
-  most = max(1, _CHUNK_ELEMENTS // elements_a_query)
+  most = max(1, elements // elements_a_query)
   return next(c for c in range(min(most, num_queries), 0, -1) if num_queries % c == 0)
