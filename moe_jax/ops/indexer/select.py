@@ -49,7 +49,7 @@ def select_keys(
     def one_chunk(args):
       q, weight, first, end = args
       score_CT = mosaic_scores.scores(q, k_TI, weight, scale_T, first, end)
-      return triton_top_k.top_k(score_CT, first, end, k=k)[0]
+      return triton_top_k.top_k(score_CT, first, end, k=k)
 
     size = chunk_size(S, T)
   else:
@@ -80,7 +80,7 @@ def select_from_scores(
   (B, S, T), k = score_BST.shape, min(k, score_BST.shape[2])
   args = score_BST.reshape(B * S, T), first_BS.reshape(-1), end_BS.reshape(-1)
   if jax.default_backend() == 'gpu':
-    index = triton_top_k.top_k(*args, k=k)[0]
+    index = triton_top_k.top_k(*args, k=k)
   else:
     index = _xla_top_k(*args, k=k)
   return index.reshape(B, S, k), jnp.clip(end_BS - first_BS, 0, k).astype(jnp.int32)
