@@ -293,12 +293,13 @@ def run_step(case: Case) -> list[table.Row]:
 
 
 def _loss_gigabytes(case: Case, index_TK: jax.Array, J: int, I: int) -> float:
-  """Latents and index keys gathered, products of every index head written and read three times."""
+  """Latents gathered; each pair's row written and read, its key and target read twice."""
   V, C = case.widths
   pairs = case.queries * case.slots
   q = case.queries * case.heads * 2 * (V + C)
   latents = distinct(case, index_TK) * 2 * (V + C)
-  return (q + latents + pairs * (J * (4 * 4 + 2 * 3) + 6 * 2 * I + 8)) / 1e9
+  index_q = case.queries * J * I * 2 * 2
+  return (q + index_q + latents + pairs * (2 * 2 * I + 16)) / 1e9
 
 
 def _step_row(work, by, seconds, spread, bytes_, length, call) -> table.Row:
