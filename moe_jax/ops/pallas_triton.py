@@ -4,8 +4,6 @@ Pallas' Triton backend is deprecated in jax 0.11 and still complete there. It is
 gathers rows by index or reduces along both sides of a tile, which Mosaic cannot.
 """
 
-import functools
-import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +12,8 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from moe_jax.ops import backends
 from moe_jax.ops.varying import match_vma
-
-_log = logging.getLogger(__name__)
 
 
 def unavailable() -> str | None:
@@ -29,20 +26,7 @@ def unavailable() -> str | None:
 
 def choose(op: str, implementation: str | None, problem: str | None) -> str:
   """'triton' or 'xla'. `problem` is why Triton cannot, if it cannot."""
-  if implementation not in (None, 'triton', 'xla'):
-    raise ValueError(f"{op}: implementation={implementation!r} must be None, 'triton' or 'xla'.")
-  if implementation == 'xla' or (problem and implementation is None):
-    if problem:
-      _log_fallback(op, problem)
-    return 'xla'
-  if problem:
-    raise NotImplementedError(f'{op}, triton: {problem}.')
-  return 'triton'
-
-
-@functools.cache
-def _log_fallback(op: str, problem: str) -> None:
-  _log.info('%s: xla instead of triton, which %s.', op, problem)
+  return backends.choose(op, implementation, problem, fast='triton')
 
 
 def call(

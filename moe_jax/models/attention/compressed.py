@@ -14,6 +14,7 @@ from moe_jax.models.attention.base import Aux, Cache, Where, rope_frequencies, s
 from moe_jax.models.attention.compressor import Compressor
 from moe_jax.models.attention.entry_indexer import EntryIndexer
 from moe_jax.models.layers import RMSNorm, matmul, weight
+from moe_jax.ops.backends import log_fallback
 from moe_jax.ops.entry_index import (
   choose,
   chosen_scores,
@@ -29,7 +30,6 @@ from moe_jax.ops.sink_attention import (
   chosen_mass,
   compressed_attention,
   entries_visible,
-  log_fallback,
   sink_attention,
   spans,
   unsupported,
@@ -124,7 +124,7 @@ class Sliding(nn.Module):
     """Whether a kernel computes whole rows; says once why not."""
     problem = unsupported(q_BSHC, kv_BSC)
     if problem:
-      log_fallback(problem)
+      log_fallback('compressed_attention', 'mosaic', 'masks over all pairs', problem)
     return problem is None
 
   def _fused(

@@ -12,6 +12,7 @@ from moe_jax.models.attention.base import Cache, Where, append
 from moe_jax.models.attention.grouped import GroupedAttention, empty_heads, span
 from moe_jax.models.layers import weight
 from moe_jax.ops import nsa
+from moe_jax.ops.backends import log_fallback
 
 # B batch  S new tokens  T cached tokens  D model  G key-value heads  M query heads of each
 # C key width  V value width  L tokens of a compression block  X hidden width
@@ -51,7 +52,7 @@ class NSA(GroupedAttention):
       problem = nsa.unsupported(q_BSGMC, c.d_value, self._sizes)
       if problem is None:
         return self.output(self._rows(q_BSGMC, entries, gate_BSGM3, where), D), None, {}
-      nsa.log_fallback(problem)
+      log_fallback('nsa', 'kernels', 'masks over all pairs', problem)
     else:
       cache = append(cache, entries, where.start_B)
       entries = {name: a.astype(x_BSD.dtype) for name, a in cache.items()}

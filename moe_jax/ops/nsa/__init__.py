@@ -4,9 +4,6 @@
 same of whole rows by kernels, forward and backward, in memory linear in the row.
 """
 
-import functools
-import logging
-
 import jax
 from jax import P
 
@@ -32,13 +29,10 @@ __all__ = [
   'closed_blocks',
   'compress',
   'compress_blocks',
-  'log_fallback',
   'rows_attention',
   'select_blocks',
   'unsupported',
 ]
-
-_log = logging.getLogger(__name__)
 
 
 def rows_attention(
@@ -70,9 +64,3 @@ def rows_attention(
   pair = KeyValue(sh.HEADS, sh.HEADS)  # pyright: ignore[reportArgumentType]
   specs = (heads, pair, pair, pair, heads, sh.TOKENS, sh.TOKENS)
   return jax.shard_map(on_device, in_specs=specs, out_specs=heads, check_vma=False)(*args)
-
-
-@functools.cache
-def log_fallback(problem: str) -> None:
-  """Says once that masks over all pairs of tokens stand in for the kernels."""
-  _log.info('nsa: masks over all pairs instead of kernels, which: %s.', problem)

@@ -6,14 +6,12 @@ over all pairs, which defines it.
 
 # B batch  S queries  N compressed entries  H heads  C head width  K index slots
 
-import functools
-import logging
-
 import jax
 import jax.numpy as jnp
 from jax import P
 
 from moe_jax import sharding as sh
+from moe_jax.ops.backends import choose
 from moe_jax.ops.sink_attention import mosaic, mosaic_gather, reference
 from moe_jax.ops.sink_attention.reference import entries_visible, sink_attention, window_visible
 from moe_jax.ops.sink_attention.spans import Spans, spans, visible
@@ -24,7 +22,6 @@ __all__ = [
   'chosen_mass',
   'compressed_attention',
   'entries_visible',
-  'log_fallback',
   'sink_attention',
   'spans',
   'unsupported',
@@ -35,7 +32,6 @@ __all__ = [
 unsupported = mosaic.unsupported
 # the kernel takes an index in multiples of so many slots
 SLOT_BLOCK = mosaic_gather.BLOCK
-_log = logging.getLogger(__name__)
 
 
 def compressed_attention(
@@ -65,14 +61,8 @@ def compressed_attention(
   Returns:
     The output, and the base-2 logsumexp [B, S, H], sink included, without a gradient.
   """
-  if implementation not in (None, 'mosaic', 'reference'):
-    raise ValueError(f"implementation={implementation!r} is not None, 'mosaic' or 'reference'.")
   problem = unsupported(q_BSHC, key_BSC, index_BSK)
-  if implementation == 'mosaic' and problem:
-    raise NotImplementedError(f'compressed_attention, mosaic: {problem}.')
-  if implementation == 'reference' or problem:
-    if problem and implementation is None:
-      log_fallback(problem)
+  if choose('compressed_attention', implementation, problem, fallback='reference') == 'reference':
     mask_BST = jnp.concatenate(visible(seen, entry_BNC.shape[1], index_BSK), axis=-1)
     both_BTC = jnp.concatenate([key_BSC, entry_BNC], axis=1)
     o_BSHC, _ = sink_attention(q_BSHC, both_BTC, sink_H, mask_BST, scale=scale)
@@ -122,9 +112,3 @@ def chosen_mass(
   seen_specs = jax.tree.map(lambda _: sh.TOKENS, seen)
   specs = (sh.HEADS, sh.STREAM, P(*sh.HEADS[:3]), seen_specs, sh.STREAM)
   return jax.shard_map(on_device, in_specs=specs, out_specs=sh.STREAM, check_vma=False)(*args)
-
-
-@functools.cache
-def log_fallback(problem: str) -> None:
-  """Says once that masks over all pairs of tokens stand in for the kernel."""
-  _log.info('compressed_attention: masks over all pairs instead of mosaic, which %s.', problem)
