@@ -4,10 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax.ops import nsa
+from moe_jax.ops.attention.grouped import grouped_probabilities, weighted_values
 from moe_jax.ops.blocks import Span
-from moe_jax.ops.nsa import fused, triton_runs
+from moe_jax.ops.nsa import fused, runs, triton_runs
+from moe_jax.ops.nsa.triton_choice import top_blocks
 
 # G key-value heads  M query heads of each  C width
 G, M, C, SCALE = 2, 4, 16, 0.25
@@ -87,11 +91,65 @@ def test_block_scores_are_sums_of_probabilities_over_heads_and_overlaps(start):
       for i in range(count[t]):
         for place in (i, i + 1):  # key i covers two places, a block two
           want[t, :, place // 2] += p[:, i]
-  got = triton_runs.block_scores(
+  got, scored = triton_runs.block_scores(
     q, k_RGC, jnp.asarray(first), jnp.asarray(count), jnp.asarray(lse), jnp.array([start]),
     queries=32, blocks=9, per_block=2, reach=2, scale=SCALE,
   )  # fmt: skip
+  got = np.where(np.arange(9) < np.asarray(scored)[:, None, None], got, 0)
   np.testing.assert_allclose(got, want[start : start + 32], atol=1e-4)
+
+
+def test_chosen_blocks_are_the_forced_and_the_best_the_earliest_of_equals():
+  last, scored = np.array([0, 1, 4, 9, 10]), np.array([0, 1, 3, 9, 11])
+  # few values, so that many are equal
+  score = np.asarray(jax.random.randint(jax.random.key(0), (5, 1, 11), 0, 4), np.float32)
+  got = np.asarray(top_blocks(jnp.asarray(score), jnp.asarray(scored), jnp.asarray(last), k=6))
+  for q, g in np.ndindex(5, 1):
+    value = np.where(np.arange(11) < scored[q], score[q, g], 0)
+    forced = {0, int(last[q]), max(int(last[q]) - 1, 0)}
+    order = sorted(range(last[q] + 1), key=lambda j: (j not in forced, -value[j], j))
+    assert set(got[q, g, : len(order)]) == set(order[:6])
+
+
+DENSE = [
+  pytest.param([[21, 3, 9]], 1, marks=pytest.mark.slow, id='short'),
+  pytest.param([[130, 5, 60]], 2, marks=pytest.mark.slow, id='documents'),
+  pytest.param([[150], [1, 20]], 1, marks=pytest.mark.slow, id='rows'),
+]
+
+
+@pytest.mark.parametrize(('documents', 'heads'), DENSE)
+def test_gradients_of_runs_by_the_dense_kernels_are_those_of_the_masks(documents, heads, capfd):
+  B, S, width = len(documents), max(map(sum, documents)) + 2, 64
+  first_BS, count_BS = fused.blocks_seen(*places(documents, S), SIZES)
+  N = -(-S // SIZES.stride)
+  behind_BSN = jnp.arange(N) - first_BS[..., None]
+  seen = ((behind_BSN >= 0) & (behind_BSN < count_BS[..., None]))[:, None, None]
+  keys = jax.random.split(jax.random.key(0), 4)
+  shapes = (B, S, 1, heads, width), (B, N, 1, width), (B, N, 1, width), (B, S, 1, heads, width)
+  q, k, v, do = (
+    jax.random.normal(key, s, jnp.bfloat16) for key, s in zip(keys, shapes, strict=True)
+  )
+
+  def masks(q, k, v):
+    p = grouped_probabilities(q, k, seen, scale=SCALE)
+    return weighted_values(p, v)
+
+  wide = tuple(a.astype(jnp.float32) for a in (q, k, v))
+  o, pull = jax.vjp(masks, *wide)
+  score = jnp.einsum('bsgmc,bngc->bsgmn', *wide[:2]) * SCALE
+  score = jnp.where(jnp.moveaxis(seen, 3, 1), score, -jnp.inf)
+  lse = jnp.maximum(jax.nn.logsumexp(score, axis=-1) / np.log(2), -1e30)
+  delta = (o * do.astype(jnp.float32)).sum(-1)
+  try:
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+      got = runs.dense_gradients(q, k, v, first_BS, count_BS, do, lse, delta, scale=SCALE)
+  finally:
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+  for a, b in zip(got, pull(do.astype(jnp.float32)), strict=True):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert np.linalg.norm(a - b) < 5e-3 * np.linalg.norm(b)
+  assert 'RACE DETECTED' not in ''.join(capfd.readouterr())
 
 
 def test_the_kernels_say_why_they_cannot():

@@ -53,24 +53,31 @@ def key_grads(
   lse_BHS: jax.Array,
   delta_BHS: jax.Array,
   end_BS: jax.Array,
+  begin_BS: jax.Array | None = None,
   *,
   scale: float,
   tile: Tile = TILE,
   in_registers: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-  """dk and dv. The arguments by row, the last three, are padded to whole tiles."""
-  B, S, H, C = q_BSHC.shape
+  """dk and dv. The arguments by row, from `lse_BHS` on, are padded to whole tiles.
+
+  Args:
+    begin_BS: the first query that sees each key, nondecreasing, `end` where there is none; keys
+      may then be of another number than queries. None: the key's own.
+  """
+  B, _, H, C = q_BSHC.shape
   G, V = v_BSGV.shape[2:]
   heads, N, stages = H // G, tile.step, tile.stages
   scale2 = scale * math.log2(math.e)
   dtype = q_BSHC.dtype
 
-  def kernel(q_g, k_g, v_g, do_g, lse_g, delta_g, end_g, dk_g, dv_g, *shared):
+  def kernel(q_g, k_g, v_g, do_g, lse_g, delta_g, end_g, begin_g, dk_g, dv_g, *shared):
     k_s, v_s, q_s, do_s, lse_s, delta_s, kv_full, q_full, do_full, empty, left_s = shared
     b, g, t = (lax.axis_index(name) for name in ('row', 'head', 'tile'))
     group = lax.axis_index('warpgroup')
     base = t * ROWS
-    begin = lax.div(base, jnp.int32(N))
+    start = lambda key: key if begin_g is None else begin_g[b, key]
+    begin = lax.div(start(base), jnp.int32(N))
     end = pl.cdiv(end_g[b, base + ROWS - 1], N)
     slot_of = lambda head, step: lax.rem(head * (end - begin) + step - begin, jnp.int32(stages))
 
@@ -83,10 +90,11 @@ def key_grads(
       plgpu.copy_gmem_to_smem(k_g.at[b, rows, g], k_mine, kv_full.at[group])
       plgpu.copy_gmem_to_smem(v_g.at[b, rows, g], v_mine, kv_full.at[group])
       ends = by_row(end_g.at[b, rows])
+      starts = None if begin_g is None else by_row(begin_g.at[b, rows])
       # steps with queries that see some, or all, of this warpgroup's keys
-      mine_begin = lax.div(row, jnp.int32(N))
+      mine_begin = lax.div(start(row), jnp.int32(N))
       mine_end = pl.cdiv(end_g[b, row + SLAB - 1], N)
-      clear_begin = lax.min(pl.cdiv(row + SLAB - 1, N), mine_end)
+      clear_begin = lax.min(pl.cdiv(start(row + SLAB - 1), N), mine_end)
       clear_end = lax.clamp(clear_begin, lax.div(end_g[b, row], jnp.int32(N)), mine_end)
       left = None if in_registers else left_s.at[group]
       plgpu.barrier_wait(kv_full.at[group])
@@ -110,8 +118,9 @@ def key_grads(
             s, lse = pl.run_scoped(scores, ACC((SLAB, N), jnp.float32))
             p = jnp.exp2(s * scale2 - along_columns(lse, SLAB))
             if masked:
-              key, query = index(s.shape, 0) + row, index(s.shape, 1) + step * N
-              p = jnp.where((query >= key) & (query < along_rows(ends, N)), p, 0)
+              query = index(s.shape, 1) + step * N
+              since = index(s.shape, 0) + row if starts is None else along_rows(starts, N)
+              p = jnp.where((query >= since) & (query < along_rows(ends, N)), p, 0)
             p = p.astype(dtype)
 
             def value_products(dp_ref):
@@ -176,7 +185,7 @@ def key_grads(
 
   return launch(
     kernel,
-    grid=(B, G, pl.cdiv(S, ROWS)),
+    grid=(B, G, pl.cdiv(k_BSGC.shape[1], ROWS)),
     name='attention_key_grads',
     out_type=(
       jax.ShapeDtypeStruct(k_BSGC.shape, dtype),
@@ -195,4 +204,4 @@ def key_grads(
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       None if in_registers else tiled((2, SLAB, N), dtype),
     ),
-  )(q_BSHC, k_BSGC, v_BSGV, do_BSHV, lse_BHS, delta_BHS, end_BS)
+  )(q_BSHC, k_BSGC, v_BSGV, do_BSHV, lse_BHS, delta_BHS, end_BS, begin_BS)

@@ -47,12 +47,18 @@ def query_grads(
   lse_BHS: jax.Array,
   delta_BHS: jax.Array,
   first_BS: jax.Array,
+  last_BS: jax.Array | None = None,
   *,
   scale: float,
   tile: Tile = TILE,
   in_registers: bool = True,
 ) -> jax.Array:
-  """dq. The arguments by row, the last three, are padded to whole tiles."""
+  """dq. The arguments by row, from `lse_BHS` on, are padded to whole tiles.
+
+  Args:
+    last_BS: the last key that each query sees, nondecreasing, `first` - 1 where there is none; keys
+      may then be of another number than queries. None: the query's own.
+  """
   B, S, H, C = q_BSHC.shape
   G, V = v_BSGV.shape[2:]
   N, stages = tile.step, tile.stages
@@ -60,13 +66,15 @@ def query_grads(
   scale2 = scale * math.log2(math.e)
   dtype = q_BSHC.dtype
 
-  def kernel(q_g, k_g, v_g, do_g, lse_g, delta_g, first_g, dq_g, *shared):
+  def kernel(q_g, k_g, v_g, do_g, lse_g, delta_g, first_g, last_g, dq_g, *shared):
     q_s, do_s, k_s, v_s, q_full, k_full, v_full, k_empty, v_empty, left_s = shared
     b, h, t = (lax.axis_index(name) for name in ('row', 'head', 'tile'))
     group = lax.axis_index('warpgroup')
     base = (num_tiles - 1 - t) * ROWS
     begin = lax.div(first_g[b, base], jnp.int32(N))
-    end = pl.cdiv(lax.min(base + ROWS, S), N)
+    # behind the last key of a query
+    stop = lambda query: query + 1 if last_g is None else last_g[b, query] + 1
+    end = pl.cdiv(lax.min(base + ROWS, S) if last_g is None else stop(base + ROWS - 1), N)
 
     @pl.when(group < 2)
     def _():
@@ -77,13 +85,14 @@ def query_grads(
       plgpu.copy_gmem_to_smem(q_g.at[b, rows, h], q_mine, q_full.at[group])
       plgpu.copy_gmem_to_smem(do_g.at[b, rows, h], do_mine, q_full.at[group])
       first = by_row(first_g.at[b, rows])
+      last = None if last_g is None else by_row(last_g.at[b, rows])
       lse = along_rows(by_row(lse_g.at[b, h, rows]), N)
       delta = along_rows(by_row(delta_g.at[b, h, rows]), N)
       # steps with keys that some, or all, of this warpgroup's queries see
       mine_begin = lax.div(first_g[b, row], jnp.int32(N))
-      mine_end = lax.min(pl.cdiv(row + SLAB, N), end)
+      mine_end = lax.min(pl.cdiv(stop(row + SLAB - 1), N), end)
       clear_begin = lax.min(pl.cdiv(first_g[b, row + SLAB - 1], N), mine_end)
-      clear_end = lax.clamp(clear_begin, lax.div(row, jnp.int32(N)), mine_end)
+      clear_end = lax.clamp(clear_begin, lax.div(stop(row), jnp.int32(N)), mine_end)
       left = None if in_registers else left_s.at[group]
       plgpu.barrier_wait(q_full.at[group])
       held = plgpu.load(q_mine, layout=MATRIX) if in_registers else q_mine
@@ -106,8 +115,9 @@ def query_grads(
             # p is computed while dp is still under way
             p = jnp.exp2(plgpu.wgmma_accumulator_load(s_ref, wait_n=1) * scale2 - lse)
             if masked:
-              key, query = index(p.shape, 1) + step * N, index(p.shape, 0) + row
-              p = jnp.where((key >= along_rows(first, N)) & (key <= query), p, 0)
+              key = index(p.shape, 1) + step * N
+              until = index(p.shape, 0) + row if last is None else along_rows(last, N)
+              p = jnp.where((key >= along_rows(first, N)) & (key <= until), p, 0)
             return p, dp_ref[...]
 
           block = ACC((SLAB, N), jnp.float32)
@@ -155,4 +165,4 @@ def query_grads(
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       None if in_registers else tiled((2, SLAB, N), dtype),
     ),
-  )(q_BSHC, k_BSGC, v_BSGV, do_BSHV, lse_BHS, delta_BHS, first_BS)
+  )(q_BSHC, k_BSGC, v_BSGV, do_BSHV, lse_BHS, delta_BHS, first_BS, last_BS)

@@ -16,16 +16,14 @@ from jax import lax
 
 from moe_jax.ops import pallas_triton
 from moe_jax.ops.attention import attention as dense
-from moe_jax.ops.indexer.triton_top_k import top_k
-from moe_jax.ops.nsa import triton_blocks, triton_runs
+from moe_jax.ops.nsa import runs, triton_blocks, triton_runs
 from moe_jax.ops.nsa.reference import KeyValue, Sizes
+from moe_jax.ops.nsa.triton_choice import top_blocks
 from moe_jax.ops.row_sums import inverse
 
 # of importance, and of choices that are sorted, held at a time
 _CHUNK_BYTES = 1 << 29
 _CHUNK_CHOICES = 1 << 22
-# above any sum of probabilities
-_FORCED = 1e9
 
 
 def unsupported(q_BSGMC: jax.Array, v_width: int, sizes: Sizes) -> str | None:
@@ -70,17 +68,17 @@ def attention(
   B, S, G, M, C = q_BSGMC.shape
   flat = lambda a: a.reshape(-1, *a.shape[2:])
   row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
-  first_BS, count_BS = _blocks_seen(position_BS, segment_BS, sizes)
+  first_BS, count_BS = blocks_seen(position_BS, segment_BS, sizes)
   first_T = flat(first_BS + row_B1 * compressed.k_BTGC.shape[1])
   q_TGMC, count_T = flat(q_BSGMC), flat(count_BS)
-  keys = flat(compressed.k_BTGC), flat(compressed.v_BTGV)
-  out: Any = _over_runs(scale, q_TGMC, *keys, first_T, count_T)
-  o_TGMC, lse_TGM = out
-  outputs = [o_TGMC.reshape(q_BSGMC.shape)]
+  out: Any = runs.attention(scale, q_BSGMC, *compressed, first_BS, count_BS)
+  o_BSGMC, lse_BSGM = out
+  outputs = [o_BSGMC]
 
   position_T, token_T = flat(position_BS), jnp.arange(B * S, dtype=jnp.int32)
   chosen = functools.partial(_choose, sizes=sizes, scale=scale, length=S)
-  args = lax.stop_gradient((q_TGMC, keys[0], first_T, count_T, lse_TGM, position_T))
+  keys = flat(compressed.k_BTGC)
+  args = lax.stop_gradient((q_TGMC, keys, first_T, count_T, flat(lse_BSGM), position_T))
   block_TGK = chosen(*args)
   start_TGK = (token_T - position_T)[:, None, None] + block_TGK * sizes.select_length
   some_T = jnp.minimum(position_T // sizes.select_length + 1, block_TGK.shape[-1])
@@ -130,12 +128,12 @@ def _closes(position_BS, segment_BS, sizes: Sizes) -> jax.Array:
   return (segment_BS > 0) & (behind_BS >= 0) & (behind_BS % sizes.stride == 0)
 
 
-def _blocks_seen(position_BS, segment_BS, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
+def blocks_seen(position_BS, segment_BS, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
   """The first compressed block of each query's run and how many there are."""
   behind_BS = position_BS - (sizes.compress_length - 1)
   count_BS = jnp.where((segment_BS > 0) & (behind_BS >= 0), behind_BS // sizes.stride + 1, 0)
   closed_BS = jnp.cumsum(_closes(position_BS, segment_BS, sizes), axis=1, dtype=jnp.int32)
-  return jnp.where(count_BS > 0, closed_BS - count_BS, 0), count_BS
+  return closed_BS - count_BS, count_BS
 
 
 def _choose(
@@ -149,47 +147,16 @@ def _choose(
   queries = max(1, min(T, _CHUNK_BYTES // (G * blocks * 4)) // step) * step
 
   def chunk(start: jax.Array) -> jax.Array:
-    score_QGJ = triton_runs.block_scores(
+    score_QGJ, scored_Q = triton_runs.block_scores(
       q_TGMC, k_RGC, first_T, count_T, lse_TGM, start[None],
       queries=queries, blocks=blocks, per_block=sizes.select_length // sizes.stride,
       reach=sizes.compress_length // sizes.stride, scale=scale,
     )  # fmt: skip
-    block_J = jnp.arange(blocks)
     position_Q = lax.dynamic_slice(jnp.pad(position_T, (0, queries)), (start,), (queries,))
-    last_Q = position_Q // sizes.select_length
-    forced = (block_J < 1) | (last_Q[:, None, None] - block_J < 2)
-    score_RJ = jnp.where(forced, _FORCED, score_QGJ).reshape(-1, blocks)
-    end_R = jnp.repeat(last_Q + 1, G)
-    if jax.default_backend() == 'gpu':
-      index_RK, _ = top_k(score_RJ, jnp.zeros_like(end_R), end_R, k=K)
-    else:
-      _, index_RK = lax.top_k(jnp.where(block_J < end_R[:, None], score_RJ, -1.0), K)
-    return index_RK.reshape(queries, G, K).astype(jnp.int32)
+    return top_blocks(score_QGJ, scored_Q, position_Q // sizes.select_length, k=K)
 
   starts = jnp.arange(-(-T // queries), dtype=jnp.int32) * queries
   return lax.map(chunk, starts).reshape(-1, G, K)[:T]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _over_runs(scale: float, q_TGMC, k_RGC, v_RGC, first_T, count_T):
-  return triton_runs.forward(q_TGMC, k_RGC, v_RGC, first_T, count_T, scale=scale)
-
-
-def _over_runs_forward(scale, *args):
-  out: Any = _over_runs(scale, *args)
-  return out, (*args, *out)
-
-
-def _over_runs_backward(scale, kept, cotangents):
-  q_TGMC, k_RGC, v_RGC, first_T, count_T, o_TGMC, lse_TGM = kept
-  do_TGMC = cotangents[0]
-  delta_TGM = (o_TGMC.astype(jnp.float32) * do_TGMC.astype(jnp.float32)).sum(-1)
-  args = q_TGMC, do_TGMC, k_RGC, v_RGC, first_T, count_T, lse_TGM, delta_TGM
-  dq_TGMC = triton_runs.query_gradient(*args, scale=scale)
-  return dq_TGMC, *triton_runs.key_gradient(*args, scale=scale), None, None
-
-
-_over_runs.defvjp(_over_runs_forward, _over_runs_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

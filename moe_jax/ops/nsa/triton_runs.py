@@ -262,9 +262,10 @@ def block_scores(
   per_block: int,
   reach: int,
   scale: float,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
   """float32 [queries, G, blocks]: `forward`'s probabilities, summed over a group's heads and over
-  the keys that overlap with each block of `per_block` places, times the overlap.
+  the keys that overlap with each block of `per_block` places, times the overlap; and how many of a
+  query's blocks have any, behind which may stand anything.
 
   Of `queries` queries from `start` on. Key i of a run covers places i to i + reach - 1. The sums
   are products with small whole numbers, of probabilities in two bfloat16 parts.
@@ -339,11 +340,9 @@ def block_scores(
     out=jax.ShapeDtypeStruct((queries * G, width), jnp.float32),
     num_warps=8, num_stages=2,
   )  # fmt: skip
-  # what no program wrote may hold anything
   count_Q = lax.dynamic_slice(jnp.pad(count_T, (0, queries)), (start[0],), (queries,))
-  touched = jnp.arange(blocks) * per_block < (count_Q + reach - 1)[:, None, None]
-  score_QGJ = out.reshape(queries, G, width)[..., :blocks]
-  return jnp.where(touched & (count_Q > 0)[:, None, None], score_QGJ, 0)
+  scored_Q = jnp.where(count_Q > 0, pl.cdiv(count_Q + reach - 1, per_block), 0)
+  return out.reshape(queries, G, width)[..., :blocks], scored_Q
 
 
 def _seen_by(first_T: jax.Array, count_T: jax.Array, blocks: int, queries: int) -> jax.Array:

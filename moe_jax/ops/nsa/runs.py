@@ -1,0 +1,112 @@
+"""Attention of each query over a run of neighbouring keys, forward and backward.
+
+The Triton kernels take everything that NSA's kernels take. On Hopper, heads of 64 or 128 have their
+gradients from the kernels of dense attention, which see ranges of keys already: a query's keys are
+a range, and so are a key's queries, as runs begin and end no earlier than the run before.
+"""
+
+# B rows  S queries  N keys of a row  G key-value heads  M query heads of each  C width
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moe_jax.ops.attention import mosaic, mosaic_key_grads, mosaic_query_grads
+from moe_jax.ops.attention.mosaic_common import ROWS
+from moe_jax.ops.nsa import triton_runs
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attention(
+  scale: float,
+  q_BSGMC: Float[Array, 'B S G M C'],
+  k_BNGC: Float[Array, 'B N G C'],
+  v_BNGC: Float[Array, 'B N G C'],
+  first_BS: Int[Array, 'B S'],
+  count_BS: Int[Array, 'B S'],
+) -> tuple[Float[Array, 'B S G M C'], Float[Array, 'B S G M']]:
+  """Outputs and their base-2 logsumexp; 0 and -1e30 for an empty run.
+
+  Args:
+    first_BS: the run's first key, nondecreasing along a row, also where a run is empty.
+    count_BS: its length; `first_BS + count_BS` is nondecreasing too.
+  """
+  q_TGMC, k_RGC, v_RGC, *run = _flat(q_BSGMC, k_BNGC, v_BNGC, first_BS, count_BS)
+  o_TGMC, lse_TGM = triton_runs.forward(q_TGMC, k_RGC, v_RGC, *run, scale=scale)
+  return o_TGMC.reshape(q_BSGMC.shape), lse_TGM.reshape(q_BSGMC.shape[:-1])
+
+
+def _flat(q, k, v, first_BS, count_BS) -> list[jax.Array]:
+  first_BS = first_BS + k.shape[1] * jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
+  return [a.reshape(-1, *a.shape[2:]) for a in (q, k, v, first_BS, count_BS)]
+
+
+def _forward(scale: float, *args):
+  out: Any = attention(scale, *args)
+  return out, (*args, *out)
+
+
+def _backward(scale: float, kept, cotangents):
+  q, k, v, first_BS, count_BS, o, lse = kept
+  do, dlse = cotangents
+  delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1) - dlse * math.log2(math.e)
+  if by_dense_kernels(q):
+    grads = dense_gradients(q, k, v, first_BS, count_BS, do, lse, delta, scale=scale)
+    return *grads, None, None
+  q_TGMC, k_RGC, v_RGC, *run = _flat(q, k, v, first_BS, count_BS)
+  sums = (a.reshape(-1, *a.shape[2:]) for a in (lse, delta))
+  args = q_TGMC, do.reshape(q_TGMC.shape), k_RGC, v_RGC, *run, *sums
+  dq = triton_runs.query_gradient(*args, scale=scale)
+  dk, dv = triton_runs.key_gradient(*args, scale=scale)
+  return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(k.shape), None, None
+
+
+attention.defvjp(_forward, _backward)
+
+
+def by_dense_kernels(q_BSGMC: jax.Array) -> bool:
+  return mosaic.on_hopper() and q_BSGMC.dtype == jnp.bfloat16 and q_BSGMC.shape[-1] in (64, 128)
+
+
+def dense_gradients(
+  q_BSGMC: jax.Array,
+  k_BNGC: jax.Array,
+  v_BNGC: jax.Array,
+  first_BS: jax.Array,
+  count_BS: jax.Array,
+  do_BSGMC: jax.Array,
+  lse_BSGM: jax.Array,
+  delta_BSGM: jax.Array,
+  *,
+  scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """dq, dk and dv by the kernels of dense attention."""
+  (B, S, G, M, C), N = q_BSGMC.shape, k_BNGC.shape[1]
+  # TMA wants rows in eights, and the kernels a number of each row's in whole tiles
+  eights = lambda a: jnp.pad(a, ((0, 0), (0, -a.shape[1] % 8)) + ((0, 0),) * (a.ndim - 2))
+  tiles = lambda a, **kw: jnp.pad(a, (*((0, 0),) * (a.ndim - 1), (0, -a.shape[-1] % ROWS)), **kw)
+  heads = lambda a: eights(a.reshape(B, S, G * M, C))
+  by_row = lambda a: tiles(jnp.swapaxes(a.reshape(B, S, G * M), 1, 2))
+  q, do, k, v = heads(q_BSGMC), heads(do_BSGMC), eights(k_BNGC), eights(v_BNGC)
+  sums = by_row(lse_BSGM), by_row(delta_BSGM)
+  last_BS = first_BS + count_BS - 1
+  how = {'scale': scale, 'in_registers': jax.default_backend() == 'gpu'}
+  dq = mosaic_query_grads.query_grads(
+    q, k, v, do, *sums, tiles(first_BS, mode='edge'), tiles(last_BS, mode='edge'), **how
+  )
+  # the first keys have by far the most queries: a program a query head keeps all of the chip busy
+  spread = lambda a: jnp.repeat(a, M, axis=2)
+  key_N = jnp.arange(k.shape[1], dtype=jnp.int32)
+  find = lambda side: jax.vmap(lambda a: jnp.searchsorted(a, key_N, side=side).astype(jnp.int32))
+  begin_BN, end_BN = find('left')(last_BS), find('right')(first_BS)
+  parts = mosaic_key_grads.key_grads(
+    q, spread(k), spread(v), do, *sums,
+    tiles(end_BN, mode='edge'), tiles(begin_BN, mode='edge'), **how,
+  )  # fmt: skip
+  total = lambda a: a.reshape(B, -1, G, M, C).astype(jnp.float32).sum(3)[:, :N]
+  dk, dv = (total(a).astype(k.dtype) for a in parts)
+  return dq[:, :S].reshape(q_BSGMC.shape), dk, dv
