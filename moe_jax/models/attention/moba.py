@@ -9,6 +9,7 @@ from moe_jax.config import MoBAConfig
 from moe_jax.models.attention.base import Cache, Where, append
 from moe_jax.models.attention.grouped import GroupedAttention, empty_heads, span
 from moe_jax.ops import moba
+from moe_jax.ops.backends import log_fallback
 
 # B batch  S new tokens  D model  G key-value heads  M query heads of each  C key width  V value
 
@@ -28,7 +29,22 @@ class MoBA(GroupedAttention):
     q_BSGMC = self.queries(x_BSD, where)
     k_BTGC = self.rotate(self.keys('k_DGC', x_BSD, c.d_head), where.position_BS)
     v_BTGV = self.keys('v_DGV', x_BSD, c.d_value)
-    if cache is not None:
+    if cache is None:
+      problem = moba.unsupported(q_BSGMC, c.d_value, c.block_size)
+      if problem is None:
+        o_BSGMV = moba.rows_attention(
+          q_BSGMC,
+          k_BTGC,
+          v_BTGV,
+          where.position_BS,
+          where.segment_BS,
+          block=c.block_size,
+          top_k=c.top_k,
+          scale=self.scale,
+        )
+        return self.output(o_BSGMV, x_BSD.shape[-1]), None, {}
+      log_fallback('moba', 'kernels', 'masks over all pairs', problem)
+    else:
       cache = append(cache, {'k_BTGC': k_BTGC, 'v_BTGV': v_BTGV}, where.start_B)
       k_BTGC, v_BTGV = (cache[n].astype(x_BSD.dtype) for n in ('k_BTGC', 'v_BTGV'))
     o_BSGMV = moba.attention(
