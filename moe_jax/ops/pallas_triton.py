@@ -4,6 +4,7 @@ Pallas' Triton backend is deprecated in jax 0.11 and still complete there. It is
 gathers rows by index or reduces along both sides of a tile, which Mosaic cannot.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any

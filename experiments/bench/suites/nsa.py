@@ -1,19 +1,22 @@
-"""Native sparse attention in bfloat16, all branches, beside dense attention of the same heads.
+"""Native sparse attention and mixture of block attention in bfloat16, beside dense attention.
 
-64 query heads share 4 key-value heads of width 128; blocks of 32 tokens every 16 are compressed, 16
-blocks of 64 are chosen, the window is 512. Keys are made already: projections and the compressing
-network are not part of it. `bwd` is both passes less the forward one. `dense` is causal attention
-of 16 query heads on one key-value head, times 4.
+64 query heads share 4 key-value heads of width 128. `nsa`: blocks of 32 tokens every 16 are
+compressed, 16 blocks of 64 are chosen, the window is 512. `moba`: 3 blocks of 512 are chosen
+besides the query's own. Keys are made already: projections and the compressing network are not part
+of it. `bwd` is both passes less the forward one. `dense` is causal attention of 16 query heads on
+one key-value head, times 4.
 
 Operations are those of pairs that a query sees, 4 C forward and 10 C backward, and 2 C more for the
 importance of compressed blocks. Bytes are counted: every operand and result once, backward twice.
-Errors are relative to the masks of all pairs in float32, on 1100 tokens of two documents.
+Errors are relative to the masks of all pairs in float32, on 2500 tokens of two documents.
 """
 
 # S sequence  G key-value heads  M query heads of each  C width
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +26,17 @@ from experiments.bench import table, timing
 from experiments.bench.suites.grouped_matmul import LIMIT
 from experiments.bench.suites.v4_attention import LENGTHS, less, peak
 from moe_jax.ops import attention as dense_op
-from moe_jax.ops import nsa
+from moe_jax.ops import moba, nsa
 from moe_jax.ops.blocks import Span
 
 SIZES = nsa.Sizes(compress_length=32, stride=16, select_length=64, top_blocks=16, window=512)
+# of MoBA: 3 blocks of 512 besides the query's own
+_BLOCK, _TOP_K = 512, 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
+  kind: str
   length: int
   groups: int = 4
   heads: int = 16  # of each group
@@ -39,11 +45,14 @@ class Case:
 
   @property
   def shape(self) -> str:
-    return f'nsa S{self.length} H{self.groups * self.heads}/{self.groups}'
+    return f'{self.kind} S{self.length} H{self.groups * self.heads}/{self.groups}'
 
   def pairs(self) -> tuple[int, int, int]:
-    """Of a compressed block, a chosen block's token and a window's token with a query."""
+    """Of queries with compressed blocks, tokens of chosen blocks, and of their window or block."""
     position = np.arange(self.length, dtype=np.int64)
+    if self.kind == 'moba':
+      chosen = np.minimum(position // _BLOCK, _TOP_K) * _BLOCK
+      return 0, int(chosen.sum()), int((position % _BLOCK + 1).sum())
     s = SIZES
     compressed = np.maximum((position - s.compress_length + 1) // s.stride + 1, 0)
     chosen = np.minimum(position // s.select_length, s.top_blocks - 1) * s.select_length
@@ -61,23 +70,56 @@ class Case:
 def run(only: str = '') -> Iterator[list[table.Row]]:
   if jax.default_backend() != 'gpu':
     return
-  error = errors()
-  for case in map(Case, LENGTHS):
-    if only in case.shape:
-      yield run_case(case, error) + dense(case)
+  cases = [Case(kind, length) for length in LENGTHS for kind in ('nsa', 'moba')]
+  cases = [case for case in cases if only in case.shape]
+  kinds = list(dict.fromkeys(case.kind for case in cases))
+  programs = iter(
+    timing.compile_all(
+      [c for kind in kinds for c in error_calls(kind)]
+      + [c for case in cases for c in calls(case)]
+      + [c for case in cases if case.kind == 'nsa' for c in dense_calls(case)]
+    )
+  )
+  three = lambda: list(itertools.islice(programs, 3))
+  error = {kind: errors(three()) for kind in kinds}
+  for case in cases:
+    yield run_case(case, three(), error[case.kind])
+  for case in cases:
+    if case.kind == 'nsa':
+      yield dense(case, three())
 
 
-def operands(case: Case) -> tuple[tuple[jax.Array, ...], jax.Array]:
+def operands(case: Case) -> tuple[jax.Array, ...]:
   """q, keys and values of the branches, compressed at every token, and gates; then do."""
   keys = jax.random.split(jax.random.key(0), 9)
   S, G, M, C = case.length, case.groups, case.heads, case.width
   draw = lambda i, *shape: jax.random.normal(keys[i], (1, S, G, *shape), jnp.bfloat16)
   kv = (draw(i, C) for i in range(1, 7))
-  return (draw(0, M, C), *kv, jax.nn.sigmoid(draw(7, M, 3))), draw(8, M, C)
+  return draw(0, M, C), *kv, jax.nn.sigmoid(draw(7, M, 3)), draw(8, M, C)
 
 
-def attend(position, segment, q, *kv_and_gate) -> jax.Array:
+def with_backward(fn: Callable) -> Callable:
+  """fn, and its gradients in all arguments but do, the last."""
+
+  def call(*args):
+    o, pull = jax.vjp(fn, *args[:-1])
+    return o, pull(args[-1])
+
+  return call
+
+
+def calls(case: Case) -> list[tuple[Callable, tuple]]:
+  """Programs to make the operands, to go forward, and to go back too, which takes do as well."""
+  places, make = case.places(), functools.partial(operands, case)
+  args, forward = jax.eval_shape(make), functools.partial(attend, case.kind, *places)
+  return [(make, ()), (forward, args[:-1]), (with_backward(forward), args)]
+
+
+def attend(kind, position, segment, q, *kv_and_gate) -> jax.Array:
   *kv, gate = kv_and_gate
+  if kind == 'moba':
+    sizes = {'block': _BLOCK, 'top_k': _TOP_K, 'scale': q.shape[-1] ** -0.5}
+    return moba.rows_attention(q, kv[2], kv[3], position, segment, **sizes)
   end_1N, _ = nsa.closed_blocks(position, segment, SIZES)
   compressed = nsa.KeyValue(kv[0][:, end_1N[0]], kv[1][:, end_1N[0]])
   selected, window = nsa.KeyValue(kv[2], kv[3]), nsa.KeyValue(kv[4], kv[5])
@@ -87,9 +129,13 @@ def attend(position, segment, q, *kv_and_gate) -> jax.Array:
   )
 
 
-def by_masks(position, segment, q, *kv_and_gate) -> jax.Array:
+def by_masks(kind, position, segment, q, *kv_and_gate) -> jax.Array:
   *kv, gate = kv_and_gate
   span = Span(segment, position, segment, position, jnp.zeros(1, jnp.int32))
+  if kind == 'moba':
+    sizes = {'block': _BLOCK, 'top_k': _TOP_K, 'scale': q.shape[-1] ** -0.5}
+    with jax.default_matmul_precision('highest'):
+      return moba.attention(q, kv[2], kv[3], span, **sizes)
   compressed, selected, window = (nsa.KeyValue(kv[i], kv[i + 1]) for i in (0, 2, 4))
   with jax.default_matmul_precision('highest'):
     return nsa.attention(
@@ -97,73 +143,86 @@ def by_masks(position, segment, q, *kv_and_gate) -> jax.Array:
     )
 
 
-def run_case(case: Case, error: dict[str, float]) -> list[table.Row]:
-  places, (args, do) = case.places(), operands(case)
-
-  def with_backward(do, *args):
-    o, pull = jax.vjp(lambda *a: attend(*places, *a), *args)
-    return o, pull(do)
-
-  forward = jax.jit(lambda *args: attend(*places, *args)).lower(*args).compile()
-  both = jax.jit(with_backward).lower(do, *args).compile()
+def run_case(
+  case: Case, programs: Sequence[jax.stages.Compiled], error: dict[str, float]
+) -> list[table.Row]:
+  make, forward, both = programs
+  *args, do = make()
   C, heads, pairs = case.width, case.groups * case.heads, case.pairs()
   flops = {'fwd': 4 * sum(pairs) + 2 * pairs[0], 'bwd': 10 * sum(pairs)}
-  moved = sum(a.nbytes for a in args) + do.nbytes
+  # MoBA has one pair of keys and values and no gates
+  read = args if case.kind == 'nsa' else args[:3]
+  moved = sum(a.nbytes for a in read) + do.nbytes
   time = lambda call, *at: timing.measure(call, [at], block=jax.block_until_ready, repeats=5)
-  measured = {'fwd': time(forward, *args), 'bwd': time(both, do, *args)}
+  measured = {'fwd': time(forward, *args), 'bwd': time(both, *args, do)}
   measured['bwd'] = less(measured['bwd'], measured['fwd'])
   return [
     table.row_of(
       measured[work], amount=flops[work] * C * heads, limit=LIMIT, unit='TFLOP/s', work=work,
-      by='nsa', shape=case.shape, error=error[work], length=case.length,
+      by=case.kind, shape=case.shape, error=error[work], length=case.length,
       gigabytes=moved * passes / 1e9, peak_gib=peak(forward if passes == 1 else both),
     )
     for work, passes in (('fwd', 1), ('bwd', 2))
   ]  # fmt: skip
 
 
-def dense(case: Case) -> list[table.Row]:
+def dense_operands(case: Case) -> tuple[jax.Array, ...]:
+  """q, k, v and do of one group."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  draw = lambda key, heads: jax.random.normal(
+    key, (1, case.length, heads, case.width), jnp.bfloat16
+  )
+  M = case.heads
+  q, k, v, do = (draw(key, heads) for key, heads in zip(keys, (M, 1, 1, M), strict=True))
+  return q, k, v, do
+
+
+def dense_calls(case: Case) -> list[tuple[Callable, tuple]]:
+  def forward(q, k, v):
+    segment, start = jnp.zeros((1, case.length), jnp.int32), jnp.zeros(1, jnp.int32)
+    return dense_op.attention(q, k, v, segment, segment, start, scale=case.width**-0.5)
+
+  make = functools.partial(dense_operands, case)
+  args = jax.eval_shape(make)
+  return [(make, ()), (forward, args[:-1]), (with_backward(forward), args)]
+
+
+def dense(case: Case, programs: Sequence[jax.stages.Compiled]) -> list[table.Row]:
   """Causal attention of one group, times the groups."""
   S, M, C, times = case.length, case.heads, case.width, case.groups
-  keys = jax.random.split(jax.random.key(0), 4)
-  draw = lambda key, heads: jax.random.normal(key, (1, S, heads, C), jnp.bfloat16)
-  q, k, v, do = (draw(key, heads) for key, heads in zip(keys, (M, 1, 1, M), strict=True))
-  segment, start = jnp.zeros((1, S), jnp.int32), jnp.zeros(1, jnp.int32)
-  call = lambda q, k, v: dense_op.attention(q, k, v, segment, segment, start, scale=C**-0.5)
-  forward = jax.jit(call).lower(q, k, v).compile()
-  pull = jax.jit(lambda *qkv: jax.vjp(call, *qkv)[1])(q, k, v)
-  backward = jax.jit(lambda pull, do: pull(do)).lower(pull, do).compile()
+  make, forward, both = programs
+  q, k, v, do = make()
   moved = (2 * q.nbytes + k.nbytes + v.nbytes) * times / 1e9
-  rows = []
-  for work, call, at, factor in (('fwd', forward, (q, k, v), 4), ('bwd', backward, (pull, do), 10)):
-    measured = timing.measure(call, [at], block=jax.block_until_ready, repeats=3)
-    whole = timing.Timing(measured.median_s * times, measured.spread)
-    amount = factor * C * M * times * S * (S + 1) / 2
-    rows.append(
-      table.row_of(
-        whole, amount=amount, limit=LIMIT, unit='TFLOP/s', work=work, by='dense',
-        shape=case.shape, gigabytes=moved * (1 if work == 'fwd' else 2), length=S,
-        note=f'one group times {times}',
-      )
-    )  # fmt: skip
-  return rows
+  time = lambda call, *at: timing.measure(call, [at], block=jax.block_until_ready, repeats=3)
+  measured = {'fwd': time(forward, q, k, v), 'bwd': time(both, q, k, v, do)}
+  measured['bwd'] = less(measured['bwd'], measured['fwd'])
+  return [
+    table.row_of(
+      timing.Timing(measured[work].median_s * times, measured[work].spread),
+      amount=factor * C * M * times * S * (S + 1) / 2, limit=LIMIT, unit='TFLOP/s', work=work,
+      by='dense', shape=case.shape, gigabytes=moved * passes, length=S,
+      note=f'one group times {times}',
+    )
+    for work, factor, passes in (('fwd', 4, 1), ('bwd', 10, 2))
+  ]  # fmt: skip
 
 
-def errors() -> dict[str, float]:
+def error_calls(kind: str) -> list[tuple[Callable, tuple]]:
+  """Operands of a small case, and both ways with their gradients."""
+  case = Case(kind, 2500, groups=1, documents=(1500, 1000))
+  places, make = case.places(), functools.partial(operands, case)
+  args = jax.eval_shape(make)
+  wide = jax.eval_shape(lambda: jax.tree.map(lambda a: a.astype(jnp.float32), make()))
+  by = lambda fn: with_backward(functools.partial(fn, kind, *places))
+  return [(make, ()), (by(attend), args), (by(by_masks), wide)]
+
+
+def errors(programs: Sequence[jax.stages.Compiled]) -> dict[str, float]:
   """Of o, and the largest of all gradients, by norm."""
-  case = Case(1100, groups=2, documents=(700, 400))
-  places, (args, do) = case.places(), operands(case)
-  wide = jax.tree.map(lambda a: a.astype(jnp.float32), (args, do))
-
-  def values(fn):
-    def call(args, do):
-      o, pull = jax.vjp(lambda *a: fn(*places, *a), *args)
-      return o, pull(do)
-
-    return jax.jit(call)
-
-  got_o, got = values(attend)(args, do)
-  want_o, want = values(by_masks)(*wide)
+  make, kernels, masks = programs
+  args = make()
+  got_o, got = kernels(*args)
+  want_o, want = masks(*(a.astype(jnp.float32) for a in args))
   norm = lambda a: float(jnp.linalg.norm(a.astype(jnp.float32)))
   error = lambda a, b: norm(a.astype(jnp.float32) - b) / norm(b)
   return {

@@ -15,7 +15,8 @@ queries and of the rows that only they see, relative to float64.
 # S sequence  N entries  H heads  C width  K chosen entries
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from moe_jax.ops import attention as dense_op
 from moe_jax.ops import sink_attention as op
 
 _KIB, _DENSE_HEADS, _CHECKED, _CHECKED_LENGTH = 1024, 4, 128, 16 * 1024
+_PARTS = 16
 LENGTHS = (64 * _KIB, 128 * _KIB, 4 * _KIB)
 
 
@@ -75,25 +77,44 @@ class Case:
 
 def run(only: str = '') -> Iterator[list[table.Row]]:
   if jax.default_backend() != 'gpu':
-    yield run_case(Case('csa', 128, heads=2, width=16, window=8, chosen=16))
+    tiny = Case('csa', 128, heads=2, width=16, window=8, chosen=16)
+    yield run_case(tiny, timing.compile_all(calls(tiny)))
     return
-  for case in (Case(kind, length) for length in LENGTHS for kind in ('csa', 'hca')):
-    if only in case.shape:
-      yield run_case(case) + (dense(case) if case.kind == 'csa' else [])
+  cases = [Case(kind, length) for length in LENGTHS for kind in ('csa', 'hca')]
+  cases = [case for case in cases if only in case.shape]
+  beside = [case for case in cases if case.kind == 'csa']
+  programs = timing.compile_all(
+    [c for case in cases for c in calls(case)] + [c for case in beside for c in dense_calls(case)]
+  )
+  for i, case in enumerate(cases):
+    yield run_case(case, programs[3 * i : 3 * i + 3])
+  for i, case in enumerate(beside):
+    at = 3 * (len(cases) + i)
+    yield dense(case, programs[at : at + 3])
 
 
-def operands(case: Case) -> tuple[jax.Array, ...]:
-  """q, key, entry, sink and do."""
+def data(case: Case) -> tuple:
+  """q, key, entry, sink, what is seen, the index; then do."""
   keys = jax.random.split(jax.random.key(0), 5)
   S, H, C = case.length, case.heads, case.width
   shapes = (1, S, H, C), (1, S, C), (1, -(-S // case.ratio), C), (H,), (1, S, H, C)
-  draw = lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16)
+
+  def draw(key, shape):
+    if len(shape) < 4:
+      return jax.random.normal(key, shape, jnp.bfloat16)
+    # in parts: random bits and what is between take several times the memory of the numbers
+    part = (shape[0], shape[1] // _PARTS, *shape[2:])
+    parts = jax.lax.map(
+      lambda key: jax.random.normal(key, part, jnp.bfloat16), jax.random.split(key, _PARTS)
+    )
+    return parts.reshape(shape)
+
   q, key, entry, sink, do = map(draw, keys, shapes)
-  return q, key, entry, sink.astype(jnp.float32), do
+  return q, key, entry, sink.astype(jnp.float32), case.seen(), case.index(), do
 
 
-def programs(case: Case) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
-  """Forward; and that with backward, which takes do too."""
+def calls(case: Case) -> list[tuple[Callable, tuple]]:
+  """Programs to make the operands, to go forward, and to go back too, which takes do as well."""
 
   def forward(q, key, entry, sink, seen, index):
     o, _ = op.compressed_attention(
@@ -106,17 +127,17 @@ def programs(case: Case) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
     o, pull = jax.vjp(call, q, key, entry, sink)
     return o, pull(do)
 
-  args = jax.eval_shape(lambda: (*operands(case)[:4], case.seen(), case.index()))
-  return jax.jit(forward).lower(*args).compile(), jax.jit(both).lower(*args, args[0]).compile()
+  make = functools.partial(data, case)
+  args = jax.eval_shape(make)
+  return [(make, ()), (forward, args[:-1]), (both, args)]
 
 
-def run_case(case: Case) -> list[table.Row]:
-  forward, both = programs(case)
-  *operand, do = operands(case)
-  args = *operand, case.seen(), case.index()
-  errors = check(case, args, do, *both(*args, do)) if case.length <= _CHECKED_LENGTH else {}
+def run_case(case: Case, programs: Sequence[jax.stages.Compiled]) -> list[table.Row]:
+  make, forward, both = programs
+  *args, do = make()
+  errors = check(case, tuple(args), do, *both(*args, do)) if case.length <= _CHECKED_LENGTH else {}
   pairs, C, index = case.pairs(), case.width, args[-1]
-  inputs = sum(a.nbytes for a in operand) + (0 if index is None else index.nbytes)
+  inputs = sum(a.nbytes for a in args[:4]) + (0 if index is None else index.nbytes)
   # q, do, o and dq are of one size
   outputs, parts = do.nbytes, 2 * pairs * C * 2 * max(1, case.heads // 64)
   gigabytes = {'fwd': inputs + outputs, 'bwd': 2 * inputs + 2 * outputs + parts}
@@ -140,37 +161,53 @@ def less(both: timing.Timing, forward: timing.Timing) -> timing.Timing:
   return timing.Timing(rest, both.spread * both.median_s / rest)
 
 
-def dense(case: Case) -> list[table.Row]:
+def dense_data(case: Case) -> tuple[jax.Array, ...]:
+  """q, k, v and do of a few heads of dense MLA."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  shape = 1, case.length, _DENSE_HEADS
+  draw = lambda key, width: jax.random.normal(key, (*shape, width), jnp.bfloat16)
+  q, k, v, do = (draw(key, width) for key, width in zip(keys, (192, 192, 128, 128), strict=True))
+  return q, k, v, do
+
+
+def dense_calls(case: Case) -> list[tuple[Callable, tuple]]:
+  """As `calls`, of dense MLA."""
+
+  def forward(q, k, v):
+    segment, start = jnp.zeros((1, case.length), jnp.int32), jnp.zeros(1, jnp.int32)
+    return dense_op.attention(q, k, v, segment, segment, start, scale=192**-0.5)
+
+  def both(q, k, v, do):
+    o, pull = jax.vjp(forward, q, k, v)
+    return o, pull(do)
+
+  make = functools.partial(dense_data, case)
+  args = jax.eval_shape(make)
+  return [(make, ()), (forward, args[:-1]), (both, args)]
+
+
+def dense(case: Case, programs: Sequence[jax.stages.Compiled]) -> list[table.Row]:
   """Dense MLA of as many heads and tokens: a few heads' time, times the rest."""
   S, times = case.length, case.heads // _DENSE_HEADS
-  keys = jax.random.split(jax.random.key(0), 4)
-  draw = lambda key, width: jax.random.normal(key, (1, S, _DENSE_HEADS, width), jnp.bfloat16)
-  q, k, v, do = (draw(key, width) for key, width in zip(keys, (192, 192, 128, 128), strict=True))
-  segment, start = jnp.zeros((1, S), jnp.int32), jnp.zeros(1, jnp.int32)
-  call = lambda q, k, v: dense_op.attention(q, k, v, segment, segment, start, scale=192**-0.5)
-  forward = jax.jit(call).lower(q, k, v).compile()
-  pull = jax.jit(lambda *qkv: jax.vjp(call, *qkv)[1])(q, k, v)
-  backward = jax.jit(lambda pull, do: pull(do)).lower(pull, do).compile()
+  make, forward, both = programs
+  q, k, v, do = make()
   pairs = S * (S + 1) // 2
   inputs, o = q.nbytes + k.nbytes + v.nbytes, do.nbytes
   gigabytes = {'fwd': inputs + o, 'bwd': 3 * inputs + 4 * o}
-  rows = []
-  for work, call, at, width in (
-    ('fwd', forward, (q, k, v), 640),
-    ('bwd', backward, (pull, do), 1664),
-  ):
-    measured = timing.measure(call, [at], block=jax.block_until_ready, repeats=3)
-    whole = timing.Timing(measured.median_s * times, measured.spread)
-    # a tile of 128 queries reads all keys and values before it
-    read = pairs / 128 * (192 + 128) * 2 * case.heads / 1e9
-    rows.append(
-      table.row_of(
-        whole, amount=width * pairs * case.heads, limit=LIMIT, unit='TFLOP/s', work=work, by='mla',
-        shape=f'mla S{S} H{case.heads}', gigabytes=gigabytes[work] * times / 1e9,
-        length=S, note=f'{_DENSE_HEADS} heads times {times}; {read:.0f} GB of keys read',
-      )
-    )  # fmt: skip
-  return rows
+  time = lambda call, *at: timing.measure(call, [at], block=jax.block_until_ready, repeats=3)
+  measured = {'fwd': time(forward, q, k, v), 'bwd': time(both, q, k, v, do)}
+  measured['bwd'] = less(measured['bwd'], measured['fwd'])
+  # a tile of 128 queries reads all keys and values before it
+  read = pairs / 128 * (192 + 128) * 2 * case.heads / 1e9
+  return [
+    table.row_of(
+      timing.Timing(measured[work].median_s * times, measured[work].spread),
+      amount=width * pairs * case.heads, limit=LIMIT, unit='TFLOP/s', work=work, by='mla',
+      shape=f'mla S{S} H{case.heads}', gigabytes=gigabytes[work] * times / 1e9, length=S,
+      note=f'{_DENSE_HEADS} heads times {times}; {read:.0f} GB of keys read',
+    )
+    for work, width in (('fwd', 640), ('bwd', 1664))
+  ]  # fmt: skip
 
 
 def peak(compiled: jax.stages.Compiled) -> float | None:
