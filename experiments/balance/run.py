@@ -10,9 +10,9 @@ To use more cores, start a process for each method with --turns=FILE, the same i
 at once and then train one after another, so that none slows another down.
 """
 
-import argparse
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +25,7 @@ from experiments import flags
 from experiments.balance.methods import METHODS
 from experiments.balance.tokens import Rows
 from experiments.balance.turns import turn
+from experiments.command import Parser
 from moe_jax import config_io
 from moe_jax import sharding as sh
 from moe_jax.config import RunConfig
@@ -43,6 +44,8 @@ GLOBAL_STEPS = 50  # the last steps, whose loads are summed for the MaxVio of tr
 
 
 def configure(method: str, arg: str, changes: dict[str, Any]) -> RunConfig:
+  if method not in METHODS:
+    raise ValueError(f'--methods: {method!r} is not one. {config_io.nearest(method, METHODS)}')
   c = flags.load(CONFIG, arg)
   c.update_from_flattened_dict(METHODS[method] | changes)
   return config_io.build(c.to_dict())
@@ -148,19 +151,26 @@ def report(method: str, seed: int, cfg: RunConfig, record: dict[str, np.ndarray]
   )
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--tokens', type=Path, required=True)
-  parser.add_argument('--out', type=Path, required=True)
+def main() -> int:
+  parser = Parser('experiments.balance.run', __doc__)
+  parser.add_argument('--tokens', type=Path, required=True, help='of experiments.balance.tokens')
+  parser.add_argument('--out', type=Path, required=True, help='folder of the results')
   parser.add_argument('--arg', default='h100', help='of the config: h100, stress or tiny')
-  parser.add_argument('--methods', default=','.join(METHODS))
-  parser.add_argument('--seeds', default='0,1,2')
+  names = ','.join(METHODS)
+  parser.add_argument('--methods', default=names, help=f'some of {", ".join(METHODS)}')
+  parser.add_argument('--seeds', default='0,1,2', help='of the initial parameters')
   parser.add_argument('--turns', type=Path, help='a lock file, held while a method trains')
   parser.add_argument('--set', default='{}', help='JSON of further fields of the config')
   args = parser.parse_args()
-  args.out.mkdir(parents=True, exist_ok=True)
   # refused before anything starts
-  cfgs = {m: configure(m, args.arg, json.loads(args.set)) for m in args.methods.split(',')}
+  try:
+    cfgs = {m: configure(m, args.arg, json.loads(args.set)) for m in args.methods.split(',')}
+  except (ValueError, KeyError) as error:
+    parser.error(flags.one_line(error))
+  if not args.tokens.is_file():
+    parser.error(f'--tokens={args.tokens} is not there. experiments.balance.tokens makes it.')
+  args.out.mkdir(parents=True, exist_ok=True)
+  failed = False
   with jax.set_mesh(sh.make_mesh((1, 1, 1))):
     for name, cfg in cfgs.items():
       paths = {
@@ -180,6 +190,8 @@ def main() -> None:
             print(report(name, seed, cfg, record), flush=True)
       except Exception as e:  # the other methods go on
         print(f'{name}: FAILED: {type(e).__name__}: {str(e)[:600]}', flush=True)
+        failed = True
+  return int(failed)
 
 
 def tell(method: str, text: str) -> None:
@@ -187,4 +199,4 @@ def tell(method: str, text: str) -> None:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(main())
