@@ -31,7 +31,7 @@ from moe_jax.config import RunConfig
 from moe_jax.data.pipeline import RowSource, batches
 from moe_jax.precision import check_device
 from moe_jax.train.state import create
-from moe_jax.train.step import make_train_step
+from moe_jax.train.step import jit_train_step
 
 RUNS = {
   'bfloat16': {'precision': 'bfloat16'},
@@ -61,7 +61,7 @@ def train(cfg: RunConfig, name: str, save: Callable[[list[float]], Any]) -> None
   mesh = sh.make_mesh(cfg.check_mesh(jax.device_count()))
   with jax.set_mesh(mesh):
     state = jax.jit(functools.partial(create, cfg))(jax.random.key(cfg.seed))
-    step = jax.jit(make_train_step(cfg), donate_argnums=0)
+    step = jit_train_step(cfg)
     source = RowSource(cfg.data, seed=cfg.seed, split='train')
     stream = batches(
       source, batch_size=cfg.data.batch_size, sharding=sh.batch_sharding(mesh), start=0

@@ -31,7 +31,7 @@ from moe_jax import sharding as sh
 from moe_jax.config import RunConfig
 from moe_jax.train.routing_record import Routing, overlap
 from moe_jax.train.state import TrainState, create
-from moe_jax.train.step import make_eval_step, make_train_step
+from moe_jax.train.step import jit_train_step, make_eval_step
 
 CONFIG = 'experiments/configs/balance.py'
 # of every step: scalars, and the mean over layers and the largest of
@@ -65,7 +65,7 @@ class Method:
     tell('compiling the initial state')
     self._create = make.lower(key).compile()
     state, batch = jax.eval_shape(make, key), self._batch(self._train, 0)
-    step: Any = jax.jit(make_train_step(cfg), donate_argnums=0)
+    step: Any = jit_train_step(cfg)
     tell('compiling the step')
     self._step = step.lower(state, batch).compile()
     if evaluates:

@@ -15,7 +15,7 @@ from moe_jax.config import RunConfig
 from moe_jax.data.pipeline import RowSource
 from moe_jax.train import cost
 from moe_jax.train.state import create
-from moe_jax.train.step import make_train_step
+from moe_jax.train.step import jit_train_step
 
 # dense bf16 peak of a device, FLOP/s, by the data sheet
 PEAK_FLOPS = 989e12
@@ -93,7 +93,7 @@ class Step:
       place = jax.sharding.NamedSharding(self.mesh, sh.TOKENS)
       found, self.data = batches(cfg, 4)
       self.batches = [jax.device_put(batch, place) for batch in found]
-      step = jax.jit(make_train_step(cfg), donate_argnums=0)
+      step = jit_train_step(cfg)
       start = time.perf_counter()
       self.compiled = step.lower(self.state, self.batches[0]).compile()
       self.compile_s = time.perf_counter() - start

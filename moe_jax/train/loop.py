@@ -20,7 +20,7 @@ from moe_jax.train.metrics import MetricsWriter
 from moe_jax.train.routing_record import Routing, saved_steps
 from moe_jax.train.signals import StopSignal
 from moe_jax.train.state import TrainState, create
-from moe_jax.train.step import make_eval_step, make_train_step
+from moe_jax.train.step import jit_train_step, make_eval_step
 from moe_jax.train.watch import lost_gradient, make_watch
 from moe_jax.train.workdir import Workdir
 
@@ -144,7 +144,7 @@ class _Run:
     self.target = target
     self.source = sources('train')
     self.evaluate = make_evaluate(cfg, sources('validation'))
-    self.train_step = jax.jit(make_train_step(cfg), donate_argnums=0)
+    self.train_step = jit_train_step(cfg)
     self.watch = make_watch(cfg)
 
   def start(self) -> TrainState:

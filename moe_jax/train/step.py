@@ -29,6 +29,10 @@ Metrics = dict[str, jax.Array]
 ROUTER_SUMS = ('tokens', 'entropy', 'margin', 'choices', 'dropped')
 CHOICES_KEPT = 2048  # tokens whose choices every evaluation returns
 
+# Else XLA runs a kernel twice whose result its layer reads and the stack of a scan keeps: it fuses
+# a copy of the kernel with the write to the stack. The flag means nothing to a CPU.
+_COMPILER_OPTIONS = {'xla_gpu_enable_dynamic_slice_fusion': False}
+
 
 def _where(batch: Batch) -> Where:
   start_B = jnp.zeros_like(batch['tokens'][:, 0])
@@ -270,6 +274,11 @@ def make_train_step(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[Train
     return new, metrics
 
   return _with_precision(cfg, train_step)
+
+
+def jit_train_step(cfg: RunConfig) -> Any:
+  """`make_train_step`, jitted as runs and benchmarks use it: the state is given away."""
+  return jax.jit(make_train_step(cfg), donate_argnums=0, compiler_options=_COMPILER_OPTIONS)
 
 
 class Evaluated(NamedTuple):
