@@ -132,19 +132,18 @@ def contract(
 
 
 def pass_by(pipe: Pipe, done: Progress, num_blocks: jax.Array) -> None:
-  """For a warpgroup with nothing to multiply in a tile."""
+  """For a warpgroup with nothing to multiply in a tile; releases in the order of `contract`."""
 
-  def block(k, _):
-    slot = lax.rem(k, jnp.int32(ROUND))
+  def block(slot, _):
     plgpu.barrier_wait(pipe.full.at[slot])
     plgpu.barrier_arrive(pipe.empty.at[slot])
 
   def one_round(r, _):
-    slot = lax.rem(done.rounds + r, jnp.int32(2))
-    plgpu.barrier_wait(pipe.scales_full.at[slot])
-    plgpu.barrier_arrive(pipe.scales_empty.at[slot])
+    scale_slot = lax.rem(done.rounds + r, jnp.int32(2))
+    plgpu.barrier_wait(pipe.scales_full.at[scale_slot])
+    lax.fori_loop(0, lax.min(num_blocks - r * ROUND, ROUND), block, None)
+    plgpu.barrier_arrive(pipe.scales_empty.at[scale_slot])
 
-  lax.fori_loop(0, num_blocks, block, None)
   lax.fori_loop(0, num_rounds(num_blocks), one_round, None)
 
 
