@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import statistics
 import time
 from typing import Any
@@ -78,6 +79,22 @@ def flops_per_token(cfg: RunConfig) -> float:
   with jax.set_mesh(sh.make_mesh(cfg.check_mesh(jax.device_count()))):
     params = jax.eval_shape(functools.partial(create, cfg), jax.random.key(0)).params
     return cost.flops_per_token(cfg.model, params, cfg.data.sequence_length)
+
+
+def check_fp8(hlo: str) -> None:
+  """Raises RuntimeError unless a compiled program's dense products of FP8 numbers are cuBLASLt's.
+
+  XLA turns a product that cuBLASLt cannot take (its layout, its widths) into one of 16 bits, of
+  the FP8 operands converted back, and says nothing.
+  """
+  dtype_of = dict(re.findall(r'%?([\w.\-]+) = (\w+)\[', hlo))
+  wider = re.findall(r'= (?:bf16|f16|f32)\[[^\]]*\]\S* convert\((?:[^\s)]+ )?%?([\w.\-]+)\)', hlo)
+  converted = [name for name in wider if dtype_of.get(name, '').startswith('f8')]
+  if '__cublas$lt$matmul$f8' not in hlo or converted:
+    raise RuntimeError(
+      f'fp8_tensor: {hlo.count("__cublas$lt$matmul$f8")} products went to cuBLASLt in FP8, and '
+      f'{len(converted)} FP8 operands were converted back to more bits.'
+    )
 
 
 class Step:
