@@ -28,7 +28,10 @@ _SELECTIVE = frozenset({
   'expert_hidden',
 })  # fmt: skip
 # these too, so that only norms, gathers and other cheap passes are made again
-_LIGHT = _SELECTIVE | {'attention_qkv', 'stream', 'dense_hidden'}
+_LIGHT = _SELECTIVE | {'attention_qkv', 'attention_latent_kv', 'stream', 'dense_hidden'}
+# with linear layers in FP8, MLA's keys and values are made again of their latents, which are a
+# ninth of their size (arXiv:2412.19437, 3.2.3)
+_LIGHT_FP8 = _LIGHT - {'attention_latent_kv'}
 
 
 def _keeps(names: frozenset[str], prim: Any, *_: Any, **params: Any) -> bool:
@@ -42,6 +45,11 @@ _REMAT_POLICIES = {
   'selective': functools.partial(_keeps, _SELECTIVE),
   'light': functools.partial(_keeps, _LIGHT),
 }
+
+
+def _remat_policy(cfg: ModelConfig, policy: Policy) -> Any:
+  fp8 = cfg.remat == 'light' and policy.linear.is_fp8
+  return functools.partial(_keeps, _LIGHT_FP8) if fp8 else _REMAT_POLICIES[cfg.remat]
 
 
 class Output(NamedTuple):
@@ -107,7 +115,7 @@ class Decoder(nn.Module):
     for i, (kinds, repeats) in enumerate(group_layers(c.layers)):
       pattern = Pattern
       if c.remat != 'none':
-        pattern = nn.remat(Pattern, prevent_cse=False, policy=_REMAT_POLICIES[c.remat])
+        pattern = nn.remat(Pattern, prevent_cse=False, policy=_remat_policy(c, self.policy))
       group = nn.scan(
         pattern,
         variable_axes={'params': 0, 'router': 0, 'ideas': 0, 'counts': 0, 'probes': 0},
@@ -126,7 +134,7 @@ class Decoder(nn.Module):
 
     module = mtp.MTP
     if c.remat != 'none':
-      module = nn.remat(mtp.MTP, policy=_REMAT_POLICIES[c.remat])
+      module = nn.remat(mtp.MTP, policy=_remat_policy(c, self.policy))
     previous, ahead = mtp.state_of(c, hidden_BSD, x), []
     for k, name in enumerate(mtp.names(c), start=1):
       out = module(c, self.balance, self.policy, name=name)(

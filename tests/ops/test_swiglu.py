@@ -44,8 +44,34 @@ def test_backward_equals_autodiff(backward, f, limit):
 @LIMITS
 def test_triton_quantises_swiglu_as_the_plain_quantiser_does(limit):
   _, h, _ = operands(jnp.bfloat16)
-  found = triton.forward_rows(h, qz.Format(), limit=limit)
+  (found,) = triton.forward_rows(h, qz.Format(), limit=limit)
   check(found, sg.swiglu_rows(h, qz.Format(), limit=limit))
+
+
+def test_the_hidden_layer_is_kept_as_the_plain_quantiser_rounds_it():
+  _, h, _ = operands(jnp.bfloat16)
+  expected = qz.quantize_rows(h), sg.swiglu_rows(h, qz.Format())
+  for a, kept in (
+    sg.swiglu_rows_and_hidden(h, qz.Format()),
+    triton.forward_rows(h, qz.Format(), limit=0.0, keep=True),
+  ):
+    check(a, expected[1])
+    for x, y in zip(kept, expected[0], strict=True):
+      np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+@pytest.mark.parametrize('backward', [sg.swiglu_backward, triton.backward], ids=['xla', 'triton'])
+def test_backward_reads_a_quantised_hidden_layer(backward):
+  da, h, weight = operands(jnp.bfloat16)
+  kept = qz.quantize_rows(h)
+  expected = sg.swiglu_backward(
+    da.astype(jnp.float32), qz.dequantize_rows(kept), weight, implementation='xla'
+  )
+  found = backward(da, kept, weight, limit=0.0)
+  assert found[0].dtype == da.dtype
+  for x, y, tolerance in zip(found, expected, (2**-8, 2**-8, 1e-4), strict=True):
+    # rounded once to bfloat16; the weight's gradient is a float32 sum in another order
+    np.testing.assert_allclose(x.astype(jnp.float32), y, rtol=tolerance, atol=1e-5)
 
 
 def test_the_quantised_gradient_is_the_gradient_quantised():

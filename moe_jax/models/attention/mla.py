@@ -25,7 +25,9 @@ class MLA(LatentAttention):
   def __call__(self, x_BSD: jax.Array, where: Where, cache: Cache | None):
     p = self.project(x_BSD, where)
     if cache is None:
-      q_BSHX, k_BSHX, v_BSHV = checkpoint_name(self.expand(p), 'attention_qkv')
+      q_BSHX, k_BSHX, v_BSHV = self.expand(p)
+      q_BSHX = checkpoint_name(q_BSHX, 'attention_qkv')
+      k_BSHX, v_BSHV = checkpoint_name((k_BSHX, v_BSHV), 'attention_latent_kv')
       segment_BS = where.segment_BS
       o_BSHV = attention(
         q_BSHX, k_BSHX, v_BSHV, segment_BS, segment_BS, where.start_B, scale=self.scale

@@ -7,7 +7,9 @@
   out_TD = sum_k weight_TK * y[row_TK]   the weight enters here, where it costs nothing
 
 Kept for the backward pass are x_TD, h_R2F, the weights and the plan: 2 T D + 4 T K F bytes in
-bfloat16 and some integers. It needs neither y nor the gradient of y:
+bfloat16 and some integers. Where the forward product is in FP8 so is the h_R2F that is kept, of
+2 T K F bytes, and swiglu is made again of that (arXiv:2412.19437, 3.3.3). It needs neither y nor
+the gradient of y:
 
   dout_RD   = dout_TD[token_R]           spread
   da_RF     = dout_RD @ down.T           of y without its weight
@@ -82,8 +84,9 @@ def _experts(static: _Static, x_TD, weight_TK, gate_up_EDH, down_EFD, plan: Plan
 def _forward(static: _Static, x_TD, weight_TK, gate_up_EDH, down_EFD, plan: Plan):
   limit, recipe = static
   p = products.forward(recipe, x_TD.dtype)
-  h_R2F = checkpoint_name(p.rows(p.spread(x_TD, plan), gate_up_EDH, plan), 'expert_hidden')
-  y_RD = p.rows(p.swiglu(h_R2F, limit), down_EFD, plan)
+  a_RF, h_R2F = p.swiglu(p.rows(p.spread(x_TD, plan), gate_up_EDH, plan), limit)
+  h_R2F = checkpoint_name(h_R2F, 'expert_hidden')
+  y_RD = p.rows(a_RF, down_EFD, plan)
   out_TD = sum_rows(y_RD, plan.row_TK, weight_TK)
   return out_TD, (x_TD, weight_TK, gate_up_EDH, down_EFD, plan, h_R2F)
 

@@ -51,8 +51,9 @@ class Rows:
   def spread(self, x_TD: jax.Array, plan: Plan) -> Operand:
     return spread_rows(x_TD, plan)
 
-  def swiglu(self, h_RH: jax.Array, limit: float) -> Operand:
-    return swiglu.swiglu_forward(h_RH, limit=limit)
+  def swiglu(self, h_RH: jax.Array, limit: float) -> tuple[Operand, Operand]:
+    """swiglu(h), and h as the backward pass is to have it."""
+    return swiglu.swiglu_forward(h_RH, limit=limit), h_RH
 
   def rows(self, x: Any, w_EDF: jax.Array, plan: Plan) -> jax.Array:
     op = input_grad if self.transposed else grouped_matmul
@@ -74,8 +75,8 @@ class RowsFP8:
     scale_KR = q.scale.at[:, plan.token_R].get(mode='fill', fill_value=0)
     return qz.Quantized(spread_rows(q.values, plan, multiple=qz.TILE), scale_KR)
 
-  def swiglu(self, h_RH: jax.Array, limit: float) -> Operand:
-    return swiglu.swiglu_rows(h_RH, self.fmt, limit=limit)
+  def swiglu(self, h_RH: jax.Array, limit: float) -> tuple[Operand, Operand]:
+    return swiglu.swiglu_rows_and_hidden(h_RH, self.fmt, limit=limit)
 
   def rows(self, x: Any, w_EDF: jax.Array, plan: Plan) -> jax.Array:
     # contracted along what is contiguous: [E, F, D] for x @ w, [E, D, F] for dy @ w.T
@@ -133,7 +134,7 @@ def wgrad(recipe: Recipe | None) -> Weights | WeightsFP8:
 
 
 def swiglu_backward(
-  recipe: Recipe | None, da_RF: jax.Array, h_RH: jax.Array, weight_R: jax.Array, limit: float
+  recipe: Recipe | None, da_RF: jax.Array, h_RH: Any, weight_R: jax.Array, limit: float
 ) -> tuple[Operand, Operand, Operand, jax.Array]:
   """dh for dgrad and for wgrad, weight * a for wgrad, and the gradient in the weight."""
   if recipe and recipe.dgrad.is_fp8 and recipe.wgrad.is_fp8:

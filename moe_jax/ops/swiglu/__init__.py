@@ -13,6 +13,7 @@ from moe_jax.ops.quantize import (
   TILE,
   Format,
   Quantized,
+  dequantize_rows,
   quantize_columns,
   quantize_rows,
   quantize_rows_and_columns,
@@ -26,6 +27,7 @@ __all__ = [
   'swiglu_backward_quantized',
   'swiglu_forward',
   'swiglu_rows',
+  'swiglu_rows_and_hidden',
 ]
 
 # R rows  F width of gate and of up
@@ -42,7 +44,7 @@ def swiglu_forward(h_R2F: jax.Array, *, limit: float = 0.0) -> jax.Array:
 @jax.named_scope('swiglu')
 def swiglu_backward(
   da_RF: jax.Array,
-  h_R2F: jax.Array,
+  h_R2F: jax.Array | Quantized,
   weight_R: jax.Array,
   *,
   limit: float = 0.0,
@@ -52,8 +54,16 @@ def swiglu_backward(
 
   Returns the gradient in h, [R, 2F]; weight * swiglu(h), [R, F], the left operand of the gradient
   in f's matrix; and the gradient in the weight, float32 [R].
+
+  Args:
+    h_R2F: as it was, or quantised by rows; its gradient then has da's dtype.
   """
   name = pallas_triton.choose('swiglu_backward', implementation, pallas_triton.unavailable())
+  if name == 'xla' and isinstance(h_R2F, Quantized):
+    dh_R2F, a_RF, dweight_R = reference.backward(
+      da_RF, dequantize_rows(h_R2F), weight_R, limit=limit
+    )
+    return dh_R2F.astype(da_RF.dtype), a_RF, dweight_R
   return _BACKENDS[name].backward(da_RF, h_R2F, weight_R, limit=limit)
 
 
@@ -62,16 +72,33 @@ def swiglu_rows(
   h_R2F: jax.Array, fmt: Format, *, limit: float = 0.0, implementation: str | None = None
 ) -> Quantized:
   """swiglu of the two halves, quantised by rows without having been rounded before."""
+  return _rows(h_R2F, fmt, limit, implementation, keep=False)[0]
+
+
+@jax.named_scope('swiglu')
+def swiglu_rows_and_hidden(
+  h_R2F: jax.Array, fmt: Format, *, limit: float = 0.0, implementation: str | None = None
+) -> tuple[Quantized, Quantized]:
+  """`swiglu_rows`, and h itself quantised by rows, from one reading of h."""
+  a, h = _rows(h_R2F, fmt, limit, implementation, keep=True)
+  return a, h
+
+
+def _rows(
+  h_R2F: jax.Array, fmt: Format, limit: float, implementation: str | None, *, keep: bool
+) -> tuple[Quantized, ...]:
   f = h_R2F.shape[1] // 2
   _check(f)
   if pallas_triton.choose('swiglu_rows', implementation, pallas_triton.unavailable()) == 'triton':
-    return triton.forward_rows(h_R2F, fmt, limit=limit)
-  return quantize_rows(swiglu(*reference.halves(h_R2F), limit=limit), fmt, implementation='xla')
+    return triton.forward_rows(h_R2F, fmt, limit=limit, keep=keep)
+  xla: Any = dict(implementation='xla')
+  a = quantize_rows(swiglu(*reference.halves(h_R2F), limit=limit), fmt, **xla)
+  return (a, quantize_rows(h_R2F, fmt, **xla)) if keep else (a,)
 
 
 def swiglu_backward_quantized(
   da_RF: jax.Array,
-  h_R2F: jax.Array,
+  h_R2F: jax.Array | Quantized,
   weight_R: jax.Array,
   fmts: tuple[Format, Format, Format],
   *,

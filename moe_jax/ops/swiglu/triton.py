@@ -3,7 +3,9 @@
 backward      program: some rows x 128 to 512 columns of gate and of up, all F in turn, so that the
               gradient in the weight is summed in registers. Reads da, gate, up once; writes the
               gradients of both and weight * a over them
-forward_rows  program: 32 rows x 128 columns, quantised as they are computed (quantize/triton.py)
+              h may be rows in FP8
+forward_rows  program: 32 rows x 128 columns, quantised as they are computed (quantize/triton.py);
+              gate and up too where the backward pass is to have them in FP8
 
 A gradient that ends in FP8, rows and columns of the three results in one kernel, was tried: it
 holds too much in registers and takes twice as long as this gradient and the quantisers after it.
@@ -19,12 +21,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from moe_jax.ops import pallas_triton
-from moe_jax.ops.quantize.format import Format, Quantized
+from moe_jax.ops.quantize.format import TILE, Format, Quantized
 from moe_jax.ops.quantize.triton import grid_of, num_tiles, parts_of, place, rows_out, store_rows
 from moe_jax.ops.swiglu import reference
 
 
-def _swiglu_backward_kernel(da_ref, h_ref, w_ref, dh_ref, a_ref, dw_ref, *, rows, width, limit):
+def _swiglu_backward_kernel(da_ref, h_ref, w_ref, *refs, rows, width, limit):
+  *scale_ref, dh_ref, a_ref, dw_ref = refs
   num_rows, f = da_ref.shape
   row = pl.program_id(0) * rows + jnp.arange(rows)
   weight = plt.load(w_ref.at[row], mask=row < num_rows, other=0.0)[:, None]
@@ -33,8 +36,14 @@ def _swiglu_backward_kernel(da_ref, h_ref, w_ref, dh_ref, a_ref, dw_ref, *, rows
     at, at_up = (grid_of(row, start + i * width + jnp.arange(width)) for start in (0, f))
     mask = (at[0] < num_rows) & (at[1] < f)
     load = lambda ref, at: plt.load(ref.at[at], mask=mask, other=0.0).astype(jnp.float32)
+
+    def hidden(at):
+      if not scale_ref:
+        return load(h_ref, at)
+      return load(h_ref, at) * load(scale_ref[0], (jax.lax.div(at[1], jnp.int32(TILE)), at[0]))
+
     dgate, dup, a, dweight = reference.gradients(
-      load(da_ref, at), load(h_ref, at), load(h_ref, at_up), weight, limit=limit
+      load(da_ref, at), hidden(at), hidden(at_up), weight, limit=limit
     )
     plt.store(dh_ref.at[at], dgate.astype(dh_ref.dtype), mask=mask)
     plt.store(dh_ref.at[at_up], dup.astype(dh_ref.dtype), mask=mask)
@@ -49,7 +58,7 @@ def _swiglu_backward_kernel(da_ref, h_ref, w_ref, dh_ref, a_ref, dw_ref, *, rows
 
 def backward(
   da_RF: jax.Array,
-  h_R2F: jax.Array,
+  h_R2F: jax.Array | Quantized,
   weight_R: jax.Array,
   *,
   limit: float,
@@ -59,20 +68,22 @@ def backward(
   num_rows, f = da_RF.shape
   width = min(512, max(128, pl.next_power_of_2(f)))
   rows = max(1, elements // width)
+  h, scale = (h_R2F.values, (h_R2F.scale,)) if isinstance(h_R2F, Quantized) else (h_R2F, ())
   return pallas_triton.call(
     functools.partial(_swiglu_backward_kernel, rows=rows, width=width, limit=limit),
     da_RF,
-    h_R2F,
+    h,
     weight_R,
+    *scale,
     grid=(pl.cdiv(num_rows, rows),),
     out=(
-      jax.ShapeDtypeStruct(h_R2F.shape, h_R2F.dtype),
+      jax.ShapeDtypeStruct(h.shape, da_RF.dtype if scale else h.dtype),
       jax.ShapeDtypeStruct(da_RF.shape, da_RF.dtype),
       jax.ShapeDtypeStruct((num_rows,), jnp.float32),
     ),
     num_warps=num_warps,
     # each program reads what it then replaces
-    aliases={0: 1, 1: 0},
+    aliases={0: 1} if scale else {0: 1, 1: 0},
   )
 
 
@@ -81,25 +92,33 @@ def _load(ref, row, col):
   return plt.load(ref.at[at], mask=at[0] < ref.shape[0], other=0.0).astype(jnp.float32)
 
 
-def _forward_rows_kernel(h_ref, values_ref, scale_ref, *, rows, limit, fmt):
-  f = values_ref.shape[1]
+def _forward_rows_kernel(h_ref, *refs, rows, limit, fmt, keep):
+  f = refs[0].shape[1]
   first_row, col = place(f, rows)
-  parts = [
-    reference.swiglu(_load(h_ref, row, col), _load(h_ref, row, f + col), limit=limit)
-    for row in parts_of(first_row, rows)
-  ]
-  store_rows(parts, (values_ref, scale_ref), first_row, col, fmt)
+  gate, up = ([_load(h_ref, row, c) for row in parts_of(first_row, rows)] for c in (col, f + col))
+  parts = [reference.swiglu(g, u, limit=limit) for g, u in zip(gate, up, strict=True)]
+  store_rows(parts, refs[:2], first_row, col, fmt)
+  if keep:
+    store_rows(gate, refs[2:], first_row, col, fmt)
+    store_rows(up, refs[2:], first_row, f + col, fmt)
 
 
 def forward_rows(
-  h_R2F: jax.Array, fmt: Format, *, limit: float, rows: int = 32, num_warps: int = 4
-) -> Quantized:
+  h_R2F: jax.Array,
+  fmt: Format,
+  *,
+  limit: float,
+  keep: bool = False,
+  rows: int = 32,
+  num_warps: int = 4,
+) -> tuple[Quantized, ...]:
+  """swiglu of h by rows; with `keep` also h itself by rows."""
   num_rows, f = h_R2F.shape[0], h_R2F.shape[1] // 2
   found = pallas_triton.call(
-    functools.partial(_forward_rows_kernel, rows=rows, limit=limit, fmt=fmt),
+    functools.partial(_forward_rows_kernel, rows=rows, limit=limit, fmt=fmt, keep=keep),
     h_R2F,
     grid=(num_tiles(num_rows, f, rows),),
-    out=rows_out(num_rows, f, fmt),
+    out=[*rows_out(num_rows, f, fmt), *rows_out(num_rows, 2 * f, fmt) * keep],
     num_warps=num_warps,
   )
-  return Quantized(*found)
+  return tuple(Quantized(*found[i : i + 2]) for i in range(0, len(found), 2))
