@@ -6,6 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 
@@ -27,9 +28,16 @@ def num_copies(args: Sequence[jax.Array]) -> int:
 
 
 def compile_all(calls: Iterable[tuple[Callable, tuple]]) -> list[jax.stages.Compiled]:
-  """Compiles each call for its arguments, several at a time: most of a suite's time otherwise."""
+  """Compiles each call for its arguments, several at a time: most of a suite's time otherwise.
+
+  Functions that are jitted already keep their compiler options.
+  """
+
+  def compiled_for(fn: Any, args: tuple) -> jax.stages.Compiled:
+    return (fn if hasattr(fn, 'lower') else jax.jit(fn)).lower(*args).compile()
+
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    compiled = [pool.submit(lambda fn, a: jax.jit(fn).lower(*a).compile(), *c) for c in calls]
+    compiled = [pool.submit(compiled_for, *call) for call in calls]
     return [future.result() for future in compiled]
 
 

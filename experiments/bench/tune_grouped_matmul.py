@@ -2,8 +2,8 @@
 
   python -m experiments.bench.tune_grouped_matmul [--only=v2_lite] [--out=tiles.json]
 
-Group sizes are the uneven ones, for FP8 even multiples of 128. First the tile shapes, at one strip
-height; then the heights, for the best shape. Needs a Hopper GPU.
+Group sizes are the recorded ones, for FP8 even multiples of 128. First the tile shapes, at one
+strip height; then the heights, for the best shape. Needs a Hopper GPU.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from experiments.bench.suites import grouped_fp8
 from experiments.bench.suites.grouped_matmul import data
 from moe_jax.ops.grouped_matmul import layout, mosaic_gpu, tiles
 from moe_jax.ops.grouped_matmul.specs import LARGE, LARGE_FP8, SIZES, Spec
-from moe_jax.ops.quantize import quantize_blocks, quantize_columns, quantize_rows, transpose_blocks
 
 STRIPS = (4, 8, 16)
 
@@ -37,12 +36,13 @@ def tune(spec: Spec) -> dict[str, tuple[tiles.Tile, float]]:
   calls = _calls_fp8(spec, sizes) if spec in LARGE_FP8 else _calls(spec, sizes)
   best = {}
   for op, (fn, args, k, n) in calls.items():
+    num_rows = jax.tree.leaves(args)[0].shape[1 if op == 'wgrad_fp8' else 0]
     rates = _rates(fn, args, tiles.candidates(op, n), spec.flops)
     winner = max(rates, key=rates.__getitem__)
     strips = [dataclasses.replace(winner, strip=s) for s in STRIPS if s != winner.strip]
     rates |= _rates(fn, args, strips, spec.flops)
     winner = max(rates, key=rates.__getitem__)
-    best[tiles.shape_key(op, spec.rows, k, n, len(spec.sizes))] = winner, rates[winner]
+    best[tiles.shape_key(op, num_rows, k, n, len(spec.sizes))] = winner, rates[winner]
     for tile, rate in sorted(rates.items(), key=lambda item: -item[1]):
       print(f'{spec} {op:<8} {rate:6.0f} TFLOP/s  {tile}', flush=True)
   return best
@@ -50,7 +50,7 @@ def tune(spec: Spec) -> dict[str, tuple[tiles.Tile, float]]:
 
 def _calls(spec: Spec, sizes: jax.Array) -> dict[str, tuple]:
   """Function, arguments, contracted width and columns of each op."""
-  x, w, dy = data(spec)
+  x, w, dy, _ = jax.jit(data, static_argnums=0)(spec)
   groups = layout.compact_offsets(sizes), sizes
   dgrad = functools.partial(mosaic_gpu.forward, transpose_w=True)
   wgrad = functools.partial(mosaic_gpu.weight_grad, dtype=jnp.dtype('bfloat16'))
@@ -62,11 +62,11 @@ def _calls(spec: Spec, sizes: jax.Array) -> dict[str, tuple]:
 
 
 def _calls_fp8(spec: Spec, sizes: jax.Array) -> dict[str, tuple]:
-  x, w, dy = grouped_fp8.data(spec)
+  made = jax.jit(grouped_fp8.data, static_argnums=0)(spec)
   groups = layout.padded_offsets(sizes, 128), sizes
   to = {'dtype': jnp.dtype('bfloat16')}
-  forward = *quantize_rows(x), *transpose_blocks(quantize_blocks(w)), *groups
-  columns = *quantize_columns(x), *quantize_columns(dy), *groups
+  forward = *made['x8'], *made['w8_t'], *groups
+  columns = *made['x8_t'], *made['dy8_t'], *groups
   return {
     'forward_fp8': (functools.partial(mosaic_gpu.forward_fp8, **to), forward, spec.d, spec.f),
     'wgrad_fp8': (functools.partial(mosaic_gpu.weight_grad_fp8, **to), columns, spec.d, spec.f),
@@ -98,20 +98,18 @@ def main() -> None:
   measured = {}
   for spec in LARGE:
     if args.only in spec.name:
-      sizes = SIZES['uneven'](spec.rows, len(spec.sizes))
+      sizes = SIZES['recorded'](spec.rows, len(spec.sizes))
       measured |= tune(dataclasses.replace(spec, sizes=sizes))
   for spec in LARGE_FP8:
     if args.only in spec.name:
       measured |= tune(spec)
+  measured_on = f'{jax.devices()[0].device_kind}, {datetime.date.today()}, jax {jax.__version__}'
   table |= {
-    key: {'tile': dataclasses.asdict(tile), 'tflops': round(rate)}
+    key: {'tile': dataclasses.asdict(tile), 'tflops': round(rate), 'measured': measured_on}
     for key, (tile, rate) in measured.items()
   }
   content = {
     'command': 'python -m experiments.bench.tune_grouped_matmul',
-    'device': jax.devices()[0].device_kind,
-    'date': datetime.date.today().isoformat(),
-    'jax': jax.__version__,
     'tiles': table,
   }
   args.out.write_text(json.dumps(content, indent=1) + '\n')

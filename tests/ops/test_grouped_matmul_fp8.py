@@ -19,6 +19,7 @@ from moe_jax.ops.grouped_matmul import (
   weight_grad_fp8,
 )
 from moe_jax.ops.grouped_matmul.specs import Spec
+from moe_jax.ops.grouped_matmul.tiles import Tile
 from moe_jax.ops.quantize import Quantized
 
 # Rows are those of padded groups, widths odd multiples of 128.
@@ -93,15 +94,15 @@ def test_xla_matches_reference(spec):
 
 
 @pytest.mark.parametrize('spec', SOME, ids=str)
-def test_kernels_match_reference(interpreter, monkeypatch, spec):
-  monkeypatch.setattr(tiles, 'choose', lambda op, *_: tiles.candidates(op, 0)[0])
+def test_kernels_match_reference(interpreter, spec):
   check(spec, 'mosaic')
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('m, pair', [(128, 2), (192, 1), (192, 2)])
 @pytest.mark.parametrize('name', ['uneven', 'more_blocks_than_rounds_in_flight'])
-def test_pairs_of_blocks_match_reference(interpreter, name):
-  assert tiles.choose('wgrad_fp8', 1, 1, 1, 1).pair == 2
+def test_other_tiles_match_reference(interpreter, monkeypatch, name, m, pair):
+  monkeypatch.setattr(tiles, 'choose', lambda *_: Tile(m=m, n=128, k=128, stages=4, pair=pair))
   check(next(s for s in SPECS if s.name == name), 'mosaic')
 
 

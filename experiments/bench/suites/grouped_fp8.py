@@ -1,12 +1,15 @@
 """Grouped matmul in FP8 with 1x128 and 128x128 scales, the rows of suite grouped_matmul for it.
 
 Operands are quantised before the clock starts, but for the row `linear`: forward, both gradients
-and every quantisation of one expert layer from its bfloat16 x, w and dy. `torch` is
-torch._scaled_grouped_mm with one scale a row. Errors are those of float32 results against float64.
+and every quantisation of one expert layer from its bfloat16 x, w and dy. `dense` is XLA's matmul of
+as many operations with one matrix and no scales; `torch` is torch._scaled_grouped_mm with one scale
+a row. Groups start on multiples of 128 rows, and only rows of groups are counted. Errors are those
+of float32 results against float64.
 """
 
 # R rows  D in  F out  E experts
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,8 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import table, timing
-from moe_jax.ops.grouped_matmul import grouped_matmul_fp8, mosaic_gpu, weight_grad_fp8
-from moe_jax.ops.grouped_matmul.specs import LARGE_FP8, Spec, even
+from moe_jax.ops.grouped_matmul import (
+  grouped_matmul_fp8,
+  mosaic_gpu,
+  weight_grad_fp8,
+)
+from moe_jax.ops.grouped_matmul.specs import LARGE_FP8, SIZES, Spec, even
 from moe_jax.ops.quantize import (
   Quantized,
   quantize_blocks,
@@ -29,36 +36,68 @@ from moe_jax.ops.quantize import (
 LIMIT = 1430.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """One row: a function of operands, which are taken by name from what `data` makes."""
+
+  work: str
+  by: str
+  fn: Callable
+  operands: tuple[str, ...]
+  times: int = 1
+
+
 def run(only: str) -> Iterator[list[table.Row]]:
+  specs = [spec for spec in LARGE_FP8 if only in spec.name]
   if jax.default_backend() != 'gpu':
     tiny = Spec(name='fp8_tiny', rows=512, d=128, f=256, sizes=even(512, 4))
-    if only in tiny.name:
-      yield run_case(tiny)
-  elif mosaic_gpu.on_hopper():
-    for spec in LARGE_FP8:
-      if only in spec.name:
-        yield run_case(spec)
+    specs = [tiny] if only in tiny.name else []
+  elif not mosaic_gpu.on_hopper():
+    return
+  operands = [functools.partial(data, spec) for spec in specs]
+  calls = [calls_of(spec) for spec in specs]
+  todo = [(make, ()) for make in operands]
+  for make, some in zip(operands, calls, strict=True):
+    shape = jax.eval_shape(make)
+    todo += [(call.fn, tuple(shape[name] for name in call.operands)) for call in some]
+  # all at once: most of the time otherwise
+  compiled = iter(timing.compile_all(todo))
+  operands = [next(compiled) for _ in specs]
+  for spec, make, some in zip(specs, operands, calls, strict=True):
+    yield run_case(spec, make(), [(call, next(compiled)) for call in some])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def data(spec: Spec) -> tuple[jax.Array, jax.Array, jax.Array]:
+def data(spec: Spec) -> dict[str, Any]:
+  """Room for groups of any sizes, each filled up to a multiple of 128 rows.
+
+  Rows of nobody are as others: an expert's gradient would be wrong, and takes the same time.
+  """
+  num_experts = len(spec.sizes)
+  num_rows = spec.rows + num_experts * 128
   kx, kw, ky = jax.random.split(jax.random.key(0), 3)
-  x = jax.random.normal(kx, (spec.rows, spec.d), jnp.bfloat16)
-  w = jax.random.normal(kw, (len(spec.sizes), spec.d, spec.f), jnp.bfloat16)
-  return x, w, jax.random.normal(ky, (spec.rows, spec.f), jnp.bfloat16)
+  x = jax.random.normal(kx, (num_rows, spec.d), jnp.bfloat16)
+  w = jax.random.normal(kw, (num_experts, spec.d, spec.f), jnp.bfloat16)
+  dy = jax.random.normal(ky, (num_rows, spec.f), jnp.bfloat16)
+  (x8, x8_t), (dy8, dy8_t) = quantize_rows_and_columns(x), quantize_rows_and_columns(dy)
+  w8 = quantize_blocks(w)
+  made = dict(x=x, w=w, dy=dy, x8=x8, x8_t=x8_t, dy8=dy8, dy8_t=dy8_t, w8=w8)
+  return made | dict(w8_t=transpose_blocks(w8), sizes=jnp.asarray(spec.sizes, jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames='dtype')
-def rows(x: Quantized, w: Quantized, sizes: jax.Array, dtype: str = 'bfloat16') -> jax.Array:
+def rows(x: Quantized, w: Quantized, sizes: jax.Array, *, dtype: str = 'bfloat16') -> jax.Array:
   return grouped_matmul_fp8(x, w, sizes, dtype=dtype)
 
 
-@functools.partial(jax.jit, static_argnames='dtype')
-def weights(x: Quantized, dy: Quantized, sizes: jax.Array, dtype: str) -> jax.Array:
+def weights(x: Quantized, dy: Quantized, sizes: jax.Array, *, dtype: str) -> jax.Array:
   return weight_grad_fp8(x, dy, sizes, dtype=dtype)
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options={'xla_gpu_enable_triton_gemm': False})
+def dense(x: Quantized, w: Quantized) -> jax.Array:
+  """By cuBLASLt, in whose place XLA would try Triton's kernels for half a minute."""
+  return jnp.einsum('rk,nk->rn', x.values, w.values[0], preferred_element_type=jnp.bfloat16)
+
+
 def linear(
   x_RD: jax.Array, w_EDF: jax.Array, dy_RF: jax.Array, sizes: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -71,46 +110,65 @@ def linear(
   )
 
 
-def run_case(spec: Spec) -> list[table.Row]:
-  x_RD, w_EDF, dy_RF = data(spec)
-  sizes = jnp.asarray(spec.sizes, jnp.int32)
+def calls_of(spec: Spec) -> list[Call]:
   by = 'mosaic' if jax.default_backend() == 'gpu' else 'xla'
-  names = dict(
-    shape=f'{spec} R{spec.rows} D{spec.d} F{spec.f} E{len(spec.sizes)}', sizes='even x 128'
-  )
+  columns, wide = ('x8_t', 'dy8_t', 'sizes'), functools.partial(weights, dtype='float32')
+  narrow = functools.partial(weights, dtype='bfloat16')
+  wgrad = Call('fp8 wgrad bfloat16', by, narrow, columns)
+  if spec.name == 'fp8_deepgemm_wgrad':
+    return [wgrad]
+  calls = [
+    Call('fp8 fwd', 'dense', dense, ('x8', 'w8_t')),
+    Call('fp8 fwd', by, rows, ('x8', 'w8_t', 'sizes')),
+  ]
+  if spec.name not in ('fp8_linear', 'fp8_tiny'):
+    return calls
+  return [
+    *calls,
+    Call('fp8 dgrad', by, rows, ('dy8', 'w8', 'sizes')),
+    wgrad,
+    Call('fp8 wgrad float32', by, wide, columns),
+    Call('fp8 linear, with quantisation', by, linear, ('x', 'w', 'dy', 'sizes'), times=3),
+  ]
+
+
+def run_case(
+  spec: Spec, operands: dict[str, Any], calls: list[tuple[Call, Any]]
+) -> list[table.Row]:
+  shape = f'{spec} R{spec.rows} D{spec.d} F{spec.f} E{len(spec.sizes)}'
   found = []
 
-  def add(work: str, by: str, fn: Callable, *args: Any, error=None, times: int = 1):
+  def add(call: Call, compiled: Any, label: str, sizes: tuple[int, ...]):
+    own = operands | dict(sizes=jnp.asarray(sizes, jnp.int32))
+    args: list[Any] = [own[name] for name in call.operands]
+    error = None
+    if call.work == 'fp8 wgrad float32':
+      error = weights_error(sizes, args[0], args[1], compiled(*args))
+    flops = spec.flops
+    if call.by == 'dense':
+      flops = flops * args[0].values.shape[0] // spec.rows
     found.append(
       table.row_of(
-        timing.measure_jax(fn, *args),
-        amount=times * spec.flops,
+        timing.measure_jax(compiled, *args, repeats=6),
+        amount=call.times * flops,
         limit=LIMIT,
         unit='TFLOP/s',
-        work=work,
-        by=by,
+        work=call.work,
+        by=call.by,
         error=error,
-        **names,
+        shape=shape,
+        sizes=label,
       )
     )
 
-  # float32 results are only made to look at their error, and only once: each is a compilation
-  whole = spec.name in ('fp8_linear', 'fp8_tiny')
-  (x, x_t), (dy, dy_t) = quantize_rows_and_columns(x_RD), quantize_rows_and_columns(dy_RF)
-  w = quantize_blocks(w_EDF)
-  if spec.name != 'fp8_deepgemm_wgrad':
-    w_t = transpose_blocks(w)
-    error = rows_error(x, w_t, rows(x, w_t, sizes, 'float32')) if whole else None
-    add('fp8 fwd', by, rows, x, w_t, sizes, error=error)
-  if whole or spec.name == 'fp8_deepgemm_wgrad':
-    add('fp8 wgrad bfloat16', by, functools.partial(weights, dtype='bfloat16'), x_t, dy_t, sizes)
-  if whole:
-    error = weights_error(spec, x_t, dy_t, weights(x_t, dy_t, sizes, 'float32'))
-    fn = functools.partial(weights, dtype='float32')
-    add('fp8 wgrad float32', by, fn, x_t, dy_t, sizes, error=error)
-    add('fp8 dgrad', by, rows, dy, w, sizes)
-    add('fp8 linear, with quantisation', by, linear, x_RD, w_EDF, dy_RF, sizes, times=3)
-  return found + torch_rows(spec, names)
+  labels = SIZES if jax.default_backend() == 'gpu' else {'even': even}
+  for call, compiled in calls:
+    for label, sizes in labels.items():
+      # sizes change nothing for one, and little for the others
+      once = call.by == 'dense' or call.times > 1 or call.work == 'fp8 wgrad float32'
+      if label == 'even' or not once:
+        add(call, compiled, label, sizes(spec.rows, len(spec.sizes)))
+  return found + torch_rows(spec, shape)
 
 
 def _exact(values: Any, scale: Any) -> np.ndarray:
@@ -118,26 +176,16 @@ def _exact(values: Any, scale: Any) -> np.ndarray:
   return np.asarray(values, np.float64) * np.repeat(np.asarray(scale, np.float64), 128, axis=1)
 
 
-def _error(got: jax.Array, exact: np.ndarray) -> float:
-  return float(np.linalg.norm(np.asarray(got, np.float64) - exact) / np.linalg.norm(exact))
+def weights_error(sizes: tuple[int, ...], x: Quantized, dy: Quantized, dw: jax.Array) -> float:
+  """Of a corner of the first expert, whose rows are multiples of 128."""
+  own, blocks = sizes[0], sizes[0] // 128
+  x_part = _exact(x.values[:8, :own], x.scale[:blocks, :8].T)
+  dy_part = _exact(dy.values[:128, :own], dy.scale[:blocks, :128].T)
+  exact, got = x_part @ dy_part.T, np.asarray(dw[0, :8, :128], np.float64)
+  return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
 
 
-def rows_error(x: Quantized, w: Quantized, y: jax.Array) -> float:
-  """Of the last rows, 128 columns of them; all of them are the last expert's."""
-  x_part = _exact(x.values[-8:], x.scale[:, -8:].T)
-  w_part = _exact(w.values[-1, :128], w.scale[-1, :1])
-  return _error(y[-8:, :128], x_part @ w_part.T)
-
-
-def weights_error(spec: Spec, x: Quantized, dy: Quantized, dw: jax.Array) -> float:
-  """Of a corner of the last expert."""
-  own, blocks = spec.sizes[-1], spec.sizes[-1] // 128
-  x_part = _exact(x.values[:8, -own:], x.scale[-blocks:, :8].T)
-  dy_part = _exact(dy.values[:128, -own:], dy.scale[-blocks:, :128].T)
-  return _error(dw[-1, :8, :128], x_part @ dy_part.T)
-
-
-def torch_rows(spec: Spec, names: dict[str, str]) -> list[table.Row]:
+def torch_rows(spec: Spec, shape: str) -> list[table.Row]:
   try:
     import torch  # pyright: ignore[reportMissingImports]
   except ImportError:
@@ -155,8 +203,9 @@ def torch_rows(spec: Spec, names: dict[str, str]) -> list[table.Row]:
   )
   measured = timing.measure(call, [()], block=lambda _: torch.cuda.synchronize())
   row = table.row_of(
-    measured, amount=spec.flops, limit=LIMIT, unit='TFLOP/s', work='fp8 fwd', by='torch', **names
-  )
+    measured, amount=spec.flops, limit=LIMIT, unit='TFLOP/s', work='fp8 fwd', by='torch',
+    shape=shape, sizes='even',
+  )  # fmt: skip
   del x, w
   torch.cuda.empty_cache()
   return [row]

@@ -19,12 +19,14 @@ SLAB = 64
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-  """One block per SM, three warpgroups each; with pair=2, neighbours form a cluster.
+  """One block per SM; with pair=2, neighbours form a cluster.
 
   Blocks of a pair take the same share of the work, whose unit is then a pair of tiles.
   """
 
   pair: int
+  # warpgroups that multiply; one more loads
+  multiplying: int = 2
 
   @property
   def multicast(self) -> str | None:
@@ -45,6 +47,14 @@ class Launch:
 
   def of_pair(self, unit: jax.Array) -> jax.Array:
     return unit * 2 + lax.axis_index('pair') if self.pair > 1 else unit
+
+  def set_registers(self, *, multiplies: bool) -> None:
+    """An SM has registers for 504 a thread, if one warpgroup's threads are asked."""
+    many, few = {2: (232, 40), 3: (160, 32)}[self.multiplying]
+    if multiplies:
+      plgpu.set_max_registers(many, action='increase')
+    else:
+      plgpu.set_max_registers(few, action='decrease')
 
   def barrier(
     self, *, num_arrivals: int, num_barriers: int
@@ -67,7 +77,7 @@ class Launch:
       scratch_types=scratch_types,
       grid=(self._units,),
       grid_names=('sm',),
-      num_threads=3,
+      num_threads=self.multiplying + 1,
       thread_name='warpgroup',
       kernel_name=name,
       compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -1,19 +1,21 @@
-"""What the two FP8 kernels for Hopper share: the pipeline of one tile of 128 x 128 sums.
+"""What the two FP8 kernels for Hopper share: the pipeline of one tile of m x 128 sums.
 
   block        128 of the contracted dimension, over which each operand has one scale per row
-  unit         64 x 128 sums of one block in a fresh accumulator of the tensor cores. Each of two
-               warpgroups has half of the tile's rows. A unit is scaled and added to float32
-               registers ("promoted") while the next one, and the other warpgroup's, is multiplied
+  unit         64 x 128 sums of one block in a fresh accumulator of the tensor cores, scaled and
+               added to float32 registers ("promoted") when it is complete
+  warpgroups   each has 64 of the tile's rows. Of two (m = 128), each multiplies its next unit
+               while it promotes the last: registers for two units and the sums, 192 of 232. Of
+               three (m = 192), each has registers for one, and multiplies while others promote
   round        4 blocks: each has its own slot in shared memory, always the same, and their scales
                come together. Fixed slots make barriers and addresses constants, for the sake of
-               the third warpgroup, which has 512 cycles for all it takes to load one block
+               the last warpgroup, which has 512 cycles for all it takes to load one block
 
 Warpgroups read the scales through another proxy than TMA writes them; a fence a round keeps TMA
 from overtaking them.
 
-A unit of 128 columns is the widest that leaves registers for two in flight and the sums (192 of
-240). It reads 24 KiB of shared memory in the 256 cycles it multiplies, and TMA writes 16 KiB in
-that time: 125% of what shared memory moves. That, then the power limit, is the bound.
+A unit reads 24 KiB of shared memory in the 256 cycles it multiplies, and TMA writes 16 KiB (m =
+128) or 13 KiB (m = 192) in that time: 125% or 117% of what shared memory moves. That, then the
+power limit, is the bound.
 """
 
 from collections.abc import Callable
@@ -64,15 +66,16 @@ def num_rounds(num_blocks: jax.Array) -> jax.Array:
 
 
 def scratch(launch: Launch, dtype: jnp.dtype, scales: dict[str, Any]) -> Pipe:
-  operand = plgpu.SMEM((ROUND, BLOCK, BLOCK), dtype, transforms=smem_layout(BLOCK, 1))
+  operand = lambda rows: plgpu.SMEM((ROUND, rows, BLOCK), dtype, transforms=smem_layout(BLOCK, 1))
+  readers = launch.multiplying
   return Pipe(
-    operand,
-    operand,
+    operand(readers * SLAB),
+    operand(BLOCK),
     plgpu.Barrier(num_arrivals=2, num_barriers=ROUND),
-    launch.barrier(num_arrivals=2, num_barriers=ROUND),
+    launch.barrier(num_arrivals=readers, num_barriers=ROUND),
     scales,
     plgpu.Barrier(num_arrivals=2, num_barriers=2),
-    launch.barrier(num_arrivals=2, num_barriers=2),
+    launch.barrier(num_arrivals=readers, num_barriers=2),
   )
 
 
@@ -84,11 +87,14 @@ def contract(
   promote: Callable[[Any, jax.Array, jax.Array, jax.Array | int], Any],
   *,
   overlap: bool,
+  unroll: bool | None = None,
 ) -> Any:
   """Multiplies all blocks of a tile: sums = promote(sums, product, slot and index of scales).
 
   overlap: the next unit is multiplied during a promotion; needs registers for both.
+  unroll: a round, for which `overlap` is; it costs registers for the addresses of all slots.
   """
+  unroll = overlap if unroll is None else unroll
   rows = pl.ds(lax.axis_index('warpgroup') * SLAB, SLAB)
 
   def finish(sums, slot, acc, scale_slot, in_flight):
@@ -124,10 +130,10 @@ def contract(
     plgpu.barrier_arrive(pipe.scales_empty.at[scale_slot])
     return sums
 
-  whole = lax.div(num_blocks, jnp.int32(ROUND))
-  sums = lax.fori_loop(0, whole, lambda r, sums: one_round(r, [*range(ROUND)], sums), sums)
-  rest = num_blocks - whole * ROUND
-  last = lambda r, sums: one_round(r, rest, sums)
+  whole = lax.div(num_blocks, jnp.int32(ROUND)) if unroll else 0
+  if unroll:
+    sums = lax.fori_loop(0, whole, lambda r, sums: one_round(r, [*range(ROUND)], sums), sums)
+  last = lambda r, sums: one_round(r, lax.min(num_blocks - r * ROUND, ROUND), sums)
   return lax.fori_loop(whole, num_rounds(num_blocks), last, sums)
 
 

@@ -46,7 +46,7 @@ def rows_matmul(
   """w_scale is [E, N/128, K/128]; `work` is of tiles of 128 rows."""
   (num_rows, k), n = x_RK.shape, w_ENK.shape[1]
   blocks, columns = k // BLOCK, n // BLOCK
-  launch = Launch(tile.pair)
+  launch = Launch(tile.pair, multiplying=tile.m // SLAB)
 
   def kernel(x_g, sx_g, w_g, sw_g, tile_g, count_g, y_g, pipe, y_s):
     group = lax.axis_index('warpgroup')
@@ -62,9 +62,9 @@ def rows_matmul(
 
     blocks_of = lambda live: jnp.where(live > 0, blocks, 0).astype(jnp.int32)
 
-    @pl.when(group < 2)
+    @pl.when(group < launch.multiplying)
     def _():
-      plgpu.set_max_registers(232, action='increase')
+      launch.set_registers(multiplies=True)
       first = group * SLAB
       zeros = lambda: plgpu.layout_cast(jnp.zeros((SLAB, BLOCK), jnp.float32), plgpu.Layout.WGMMA)
 
@@ -86,7 +86,7 @@ def rows_matmul(
 
         @pl.when(mine)
         def _():
-          sums = mosaic_fp8.contract(pipe, done, todo, zeros(), promote, overlap=True)
+          sums = mosaic_fp8.contract(pipe, done, todo, zeros(), promote, overlap=tile.m == 128)
           store(sums, base, column, live, own)
 
         @pl.when(jnp.logical_not(mine))
@@ -121,13 +121,13 @@ def rows_matmul(
       lax.fori_loop(0, my_tiles, multiply, (mosaic_fp8.start(), where(jnp.int32(0))))
       plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(group == 2)
+    @pl.when(group == launch.multiplying)
     def _():
-      plgpu.set_max_registers(40, action='decrease')
+      launch.set_registers(multiplies=False)
 
       def load(i, done):
         column, expert, base, live, _ = where(i)
-        at_m = pl.ds(pl.multiple_of(base, BLOCK), BLOCK)
+        at_m = pl.ds(pl.multiple_of(base, SLAB), tile.m)
         at_n = pl.ds(column * BLOCK, BLOCK)
         shared: Any = {'collective_axes': launch.multicast}
 
@@ -149,7 +149,7 @@ def rows_matmul(
       mosaic_fp8.drain(pipe, lax.fori_loop(0, my_tiles, load, mosaic_fp8.start()))
 
   scales = {
-    'x': plgpu.SMEM((2, ROUND, BLOCK), jnp.float32),
+    'x': plgpu.SMEM((2, ROUND, tile.m), jnp.float32),
     'w': plgpu.SMEM((2, _TMA_FLOATS), jnp.float32),
   }
   return launch.kernel(
@@ -158,7 +158,9 @@ def rows_matmul(
     scratch_types=(
       mosaic_fp8.scratch(launch, x_RK.dtype, scales),
       plgpu.SMEM(
-        (2, _BUFFERS, SLAB, _CHUNK), dtype, transforms=smem_layout(_CHUNK, dtype.itemsize)
+        (launch.multiplying, _BUFFERS, SLAB, _CHUNK),
+        dtype,
+        transforms=smem_layout(_CHUNK, dtype.itemsize),
       ),
     ),
     name='grouped_matmul_fp8',

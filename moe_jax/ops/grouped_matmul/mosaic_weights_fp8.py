@@ -52,9 +52,11 @@ def weights_matmul(
   """`into` is what to add to, of `dtype`; written in place where nobody else holds it."""
   d, f, num_experts = x_DR.shape[0], dy_FR.shape[0], group_E2.shape[0]
   # the unit of work is a pair of tiles, one above the other, with dy in common
-  unit_rows, columns = pl.cdiv(d, BLOCK * tile.pair), f // BLOCK
-  launch = Launch(tile.pair)
+  unit_rows, columns = pl.cdiv(d, tile.m * tile.pair), f // BLOCK
+  launch = Launch(tile.pair, multiplying=tile.m // SLAB)
   num_units = num_experts * unit_rows * columns
+  # one for every piece of a tile, but for float32 of tiles of 192 rows
+  buffers = 2 if tile.m * dtype.itemsize > 512 else BLOCK // _CHUNK
 
   def kernel(x_g, sx_g, dy_g, sy_g, group_g, dw_g, pipe, dw_s):
     group = lax.axis_index('warpgroup')
@@ -68,9 +70,9 @@ def weights_matmul(
       row, column = strip_order(inside, unit_rows, columns, tile.strip)
       return launch.of_pair(row), column, expert, group_g[expert, 0], group_g[expert, 1]
 
-    @pl.when(group < 2)
+    @pl.when(group < launch.multiplying)
     def _():
-      plgpu.set_max_registers(232, action='increase')
+      launch.set_registers(multiplies=True)
       chunks = range(0, BLOCK, _CHUNK)
 
       def promote(sums, product, slot, block):
@@ -94,10 +96,12 @@ def weights_matmul(
           if into_EDF is not None:
             before = plgpu.load(to, layout=plgpu.Layout.WGMMA, optimized=False)
             total = total + before.astype(jnp.float32)
-          buffer = dw_s.at[group, i]
+          buffer = dw_s.at[group, i % buffers]
           if i == 0:
-            # all of the last tile, of which every piece has a buffer
+            # all of the last tile
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+          elif i >= buffers:
+            plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
           buffer[...] = total.astype(dtype)
           plgpu.commit_smem()
           plgpu.copy_smem_to_gmem(buffer, to)
@@ -108,9 +112,9 @@ def weights_matmul(
         upcoming = where(i + 1)
         zeros = plgpu.layout_cast(jnp.zeros((SLAB, _CHUNK), jnp.float32), plgpu.Layout.WGMMA)
         sums = mosaic_fp8.contract(
-          pipe, done, blocks, [zeros for _ in chunks], promote, overlap=False
+          pipe, done, blocks, [zeros for _ in chunks], promote, overlap=False, unroll=tile.m == 128
         )
-        first = row * BLOCK + group * SLAB
+        first = row * tile.m + group * SLAB
         # the last tile of a pair may not exist
         pl.when(first < d)(lambda: store(sums, expert, first, column * BLOCK))
         return done.after(blocks), upcoming
@@ -118,13 +122,13 @@ def weights_matmul(
       lax.fori_loop(0, my_tiles, multiply, (mosaic_fp8.start(), where(jnp.int32(0))))
       plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(group == 2)
+    @pl.when(group == launch.multiplying)
     def _():
-      plgpu.set_max_registers(40, action='decrease')
+      launch.set_registers(multiplies=False)
 
       def load(i, done):
         row, column, _, base, blocks = where(i)
-        at_d, at_f = pl.ds(row * BLOCK, BLOCK), pl.ds(column * BLOCK, BLOCK)
+        at_d, at_f = pl.ds(row * tile.m, tile.m), pl.ds(column * BLOCK, BLOCK)
         shared: Any = {'collective_axes': launch.multicast}
 
         # past row D or block B, TMA writes zeros
@@ -143,14 +147,16 @@ def weights_matmul(
 
       mosaic_fp8.drain(pipe, lax.fori_loop(0, my_tiles, load, mosaic_fp8.start()))
 
-  scales = {name: plgpu.SMEM((2, ROUND, BLOCK), jnp.float32) for name in ('x', 'y')}
+  scales = {n: plgpu.SMEM((2, ROUND, m), jnp.float32) for n, m in (('x', tile.m), ('y', BLOCK))}
   return launch.kernel(
     kernel,
     out_type=jax.ShapeDtypeStruct((num_experts, d, f), dtype),
     scratch_types=(
       mosaic_fp8.scratch(launch, x_DR.dtype, scales),
       plgpu.SMEM(
-        (2, BLOCK // _CHUNK, SLAB, _CHUNK), dtype, transforms=smem_layout(_CHUNK, dtype.itemsize)
+        (launch.multiplying, buffers, SLAB, _CHUNK),
+        dtype,
+        transforms=smem_layout(_CHUNK, dtype.itemsize),
       ),
     ),
     name='grouped_matmul_wgrad_fp8',
