@@ -41,7 +41,7 @@ class Tile:
 # mosaic_fp8.py has two or three warpgroups of 64 rows, and a choice of pairs and strips
 _FP8 = Tile(m=128, n=128, k=128, stages=4)
 # the rule for each
-FP8 = {'forward_fp8': _FP8, 'wgrad_fp8': replace(_FP8, pair=2)}
+FP8 = {'forward_fp8': _FP8, 'wgrad_fp8': _FP8}
 
 
 def candidates(op: str, n: int) -> list[Tile]:
