@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax.ops import decode_attention as ops
+from moe_jax.ops.decode_attention import compressed
+from moe_jax.ops.decode_attention.parts import num_parts
+from moe_jax.ops.sink_attention import Spans
 from moe_jax.ops.sparse_mla import mosaic, reference
 
 # B rows  S new tokens  H heads  V latent width  C rope width  T places
@@ -41,7 +46,7 @@ def operands():
 
 def test_parts_of_a_cache_join_to_the_whole(written_out):
   q, q_rope, latent, rope = operands()
-  assert ops.num_parts(B * S, H, T) == 4
+  assert num_parts(B * S, H, T) == 4
   call = functools.partial(ops.decode_attention, q, q_rope, latent, rope, START, scale=0.3)
   np.testing.assert_allclose(
     call(implementation='mosaic'), call(implementation='reference'), atol=1e-5
@@ -55,7 +60,7 @@ def test_parts_of_chosen_places_join_to_the_whole(written_out):
   call = functools.partial(
     ops.sparse_decode_attention, q, q_rope, latent, rope, index, count, scale=0.3
   )
-  assert ops.num_parts(B * S, H, 600) == 2
+  assert num_parts(B * S, H, 600) == 2
   np.testing.assert_allclose(
     call(implementation='mosaic'), call(implementation='reference'), atol=1e-5
   )
@@ -71,3 +76,38 @@ def test_decode_attention_names_what_its_kernel_refuses(monkeypatch):
     call(q, q_rope, latent[:, :1020], rope[:, :1020], START)
   assert jax.eval_shape(functools.partial(call, implementation=None), q, q_rope, latent[:, :1020],
     rope[:, :1020], START).shape == q.shape  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ('entries', 'slots', 'parts'),
+  [
+    (0, 0, 1),
+    pytest.param(150, 0, 2, marks=pytest.mark.slow),
+    pytest.param(40, 0, 1, marks=pytest.mark.slow),
+    pytest.param(150, 128, 2, marks=pytest.mark.slow),
+  ],
+)
+def test_a_window_and_entries_join_with_the_sink(monkeypatch, capfd, entries, slots, parts):
+  """By V4's kernel in the interpreter; its own width is 512."""
+  heads, width, places = 64, 64, 9
+  monkeypatch.setattr(compressed, 'num_parts', lambda *_: parts)
+  narrow = lambda *shape: draw(*shape).astype(jnp.bfloat16)
+  q, key, entry = narrow(2, 1, heads, width), narrow(2, places, width), narrow(2, entries, width)
+  sink = draw(heads)
+  column = lambda *values: jnp.array(values, jnp.int32)[:, None]
+  # the second row sees no entry yet
+  seen = Spans(column(2, 0), column(7, 1), column(0, 0), column(min(entries, 131), 0))
+  index = None
+  if slots:
+    index = jnp.argsort(draw(2, 1, entries), axis=-1)[..., :slots].astype(jnp.int32)
+    seen = seen._replace(entry_count_BS=column(100, 0))
+  call = functools.partial(ops.compressed_decode_attention, scale=0.1)
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    got = call(q, key, entry, sink, seen, index, native=False)
+  interpret_pallas_call.reset_gpu_interpret_mode_state()
+  wide = (a.astype(jnp.float32) for a in (q, key, entry))
+  want = call(*wide, sink, seen, index, implementation='reference')
+  distance = jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)
+  # probabilities and results are rounded to 8 bits
+  assert distance < 5e-3
+  assert 'RACE DETECTED' not in ''.join(capfd.readouterr())

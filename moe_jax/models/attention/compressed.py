@@ -11,6 +11,7 @@ import numpy as np
 from moe_jax import sharding as sh
 from moe_jax.config import CompressedConfig, RopeConfig
 from moe_jax.models.attention.base import Aux, Cache, Where, rope_frequencies, spread
+from moe_jax.models.attention.compressed_cache import attend_caches
 from moe_jax.models.attention.compressor import Compressor
 from moe_jax.models.attention.entry_indexer import EntryIndexer
 from moe_jax.models.layers import RMSNorm, matmul, weight
@@ -48,6 +49,8 @@ class Branch(NamedTuple):
   visible_BSN: jax.Array
   cache: Cache  # empty without a cache
   aux: Callable[[jax.Array], Aux]  # of the attention [B, S, N] that the entries got
+  ratio: int  # tokens an entry
+  score_BSN: jax.Array | None = None  # by which a query's entries are chosen; None: it sees all
 
 
 class Seen(NamedTuple):
@@ -92,7 +95,8 @@ class Sliding(nn.Module):
     kv_BSC = RMSNorm(self.eps, name='kv_norm')(kv_BSC)
     kv_BSC = rotate_last(kv_BSC[:, :, None], where.position_BS, freq)[:, :, 0]
 
-    if cache is None and self._fuses(q_BSHC, kv_BSC):
+    fuses = self._fuses(q_BSHC, kv_BSC)
+    if cache is None and fuses:
       o_BSHC, aux = self._fused(x_BSD, latent_BSQ, q_BSHC, kv_BSC, sink_H, where, freq)
       return self._out(rotate_last(o_BSHC, -where.position_BS, freq), D), None, aux
     if cache is not None:  # one document a row
@@ -100,15 +104,33 @@ class Sliding(nn.Module):
     key_BTC, visible_BST = _window(kv_BSC, where, cache, window=c.window)
     T = key_BTC.shape[1]
     branch = self._branch(x_BSD, latent_BSQ, where, cache, freq)
+    new_cache = None
+    if cache is not None:
+      kept = key_BTC[:, T - c.window : T].astype(cache['window_BWC'].dtype)
+      new_cache = {'window_BWC': kept, **(branch.cache if branch else {})}
+    if cache is not None and fuses:
+      entry_BNC, ratio, score_BSN = kv_BSC[:, :0], 0, None
+      if branch is not None:
+        entry_BNC, ratio, score_BSN = branch.entry_BNC, branch.ratio, branch.score_BSN
+      o_BSHC = attend_caches(
+        q_BSHC,
+        key_BTC,
+        entry_BNC,
+        sink_H,
+        _index(where),
+        score_BSN,
+        window=c.window,
+        ratio=ratio,
+        k=c.index_top_k,
+        scale=C**-0.5,
+      )
+      return self._out(rotate_last(o_BSHC, -where.position_BS, freq), D), new_cache, {}
     if branch is not None:
       key_BTC = jnp.concatenate([key_BTC, branch.entry_BNC], axis=1)
       visible_BST = jnp.concatenate([visible_BST, branch.visible_BSN], axis=2)
     o_BSHC, mass_BST = sink_attention(q_BSHC, key_BTC, sink_H, visible_BST, scale=C**-0.5)
     y_BSD = self._out(rotate_last(o_BSHC, -where.position_BS, freq), D)
-    if cache is not None:
-      kept = key_BTC[:, T - c.window : T].astype(cache['window_BWC'].dtype)
-      cache = {'window_BWC': kept, **(branch.cache if branch else {})}
-    return y_BSD, cache, branch.aux(mass_BST[..., T:]) if branch else {}
+    return y_BSD, new_cache, branch.aux(mass_BST[..., T:]) if branch else {}
 
   def _branch(
     self,
@@ -121,7 +143,7 @@ class Sliding(nn.Module):
     del x_BSD, latent_BSQ, where, cache, freq
 
   def _fuses(self, q_BSHC: jax.Array, kv_BSC: jax.Array) -> bool:
-    """Whether a kernel computes whole rows; says once why not."""
+    """Whether kernels compute whole rows, and new tokens over a cache; says once why not."""
     problem = unsupported(q_BSHC, kv_BSC)
     if problem:
       log_fallback('compressed_attention', 'mosaic', 'masks over all pairs', problem)
@@ -204,7 +226,8 @@ class HCA(Sliding):
     visible_BSN = entries_visible(
       _index(where), entries.end_BN, where.segment_BS, entries.segment_BN
     )
-    return Branch(entries.entry_BNC, visible_BSN, {'compressor': new} if new else {}, lambda _: {})
+    caches = {'compressor': new} if new else {}
+    return Branch(entries.entry_BNC, visible_BSN, caches, lambda _: {}, c.hca_ratio)
 
   def _seen(self, x_BSD, latent_BSQ, q_BSHC, kv_BSC, where, freq) -> Seen:
     c = self.cfg
@@ -258,7 +281,7 @@ class CSA(Sliding):
       return {'indexer_loss': c.index_loss_weight * loss}
 
     caches = {'compressor': new, 'indexer': new_indexer} if new else {}
-    return Branch(entries.entry_BNC, selected_BSN, caches, aux)
+    return Branch(entries.entry_BNC, selected_BSN, caches, aux, c.csa_ratio, score_BSN)
 
   def _fuses(self, q_BSHC: jax.Array, kv_BSC: jax.Array) -> bool:
     # the warm-up attends to all entries, which masks do

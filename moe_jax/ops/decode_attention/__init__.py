@@ -1,4 +1,4 @@
-"""Attention of new tokens over a cache of MLA latents, in the absorbed form.
+"""Attention of new tokens over a cache of MLA latents, in the absorbed form; compressed.py: V4's.
 
   o_BSHV = decode_attention(q_BSHV, q_rope_BSHC, latent_BTV, rope_BTC, start_B, scale=scale)
 
@@ -9,21 +9,18 @@ places that it names. Backends: 'mosaic' (Hopper, bfloat16) and 'reference', the
 # B rows  S new tokens  H heads  V latent (value) width  C rope width  T places  K slots of a query
 # N queries (B*S)  P parts of a query's keys
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.ops import backends
 from moe_jax.ops.attention import latent_attention
+from moe_jax.ops.decode_attention.compressed import compressed_decode_attention
+from moe_jax.ops.decode_attention.parts import BLOCK, consecutive, join, num_parts
 from moe_jax.ops.sparse_mla import mosaic
 from moe_jax.ops.sparse_mla import sparse_mla as attend
-from moe_jax.ops.sparse_mla.mosaic_forward import HEADS, Keys
+from moe_jax.ops.sparse_mla.mosaic_forward import Keys
 
-_BLOCK = 64
-# fewer keys than this in a part cost more to combine than they save
-_LEAST_KEYS = 256
-# blocks for each SM to have one, and half of the next round
-_BLOCKS_WANTED = 198
+__all__ = ['compressed_decode_attention', 'decode_attention', 'sparse_decode_attention']
 
 
 def decode_attention(
@@ -84,37 +81,13 @@ def sparse_decode_attention(
     o_NHV, _ = attend(q, q_rope, latent, rope, index_NK, count_N, scale=scale, implementation='xla')
     return o_NHV.reshape(B, S, H, V)
   parts = num_parts(B * S, H, K)
-  share = -(-K // (parts * _BLOCK)) * _BLOCK
+  share = -(-K // (parts * BLOCK)) * BLOCK
   index_NK = jnp.where(jnp.arange(K) < count_N[:, None], index_NK, 0)
   index_NK = jnp.pad(index_NK, ((0, 0), (0, parts * share - K)))
   count_NP = jnp.clip(count_N[:, None] - jnp.arange(parts) * share, 0, share)
   keys = Keys(latent, rope, index_NK.reshape(-1, share), count_NP.reshape(-1).astype(jnp.int32))
   o, lse = mosaic.forward(q, q_rope, keys, scale=scale, splits=parts)
   return join(o, lse, parts).reshape(B, S, H, V)
-
-
-def num_parts(num_queries: int, num_heads: int, num_keys: int) -> int:
-  """Into how many parts a query's keys are cut, so that there is a block for every SM."""
-  blocks = num_queries * max(1, num_heads // HEADS)
-  return max(1, min(-(-_BLOCKS_WANTED // blocks), num_keys // _LEAST_KEYS))
-
-
-def consecutive(first_N: jax.Array, count_N: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
-  """First key and number of keys of every part, in whole blocks but for the last. [N*P] each."""
-  share_N1 = (-(-count_N // (parts * _BLOCK)) * _BLOCK)[:, None]
-  begin_NP = jnp.arange(parts, dtype=jnp.int32) * share_N1
-  count_NP = jnp.clip(count_N[:, None] - begin_NP, 0, share_N1)
-  row_NP = first_N[:, None] + jnp.where(count_NP > 0, begin_NP, 0)
-  return row_NP.reshape(-1).astype(jnp.int32), count_NP.reshape(-1).astype(jnp.int32)
-
-
-def join(o: jax.Array, lse: jax.Array, parts: int) -> jax.Array:
-  """[N*P, H, V] and [N*P, H] of the parts -> [N, H, V]: their mean, weighed by exp(lse)."""
-  if parts == 1:
-    return o
-  o_NPHV, lse_NPH = (a.reshape(-1, parts, *a.shape[1:]) for a in (o, lse))
-  weight_NPH = jax.nn.softmax(lse_NPH, axis=1)
-  return jnp.einsum('nphv,nph->nhv', o_NPHV.astype(jnp.float32), weight_NPH).astype(o.dtype)
 
 
 def _choose(implementation: str | None, q_BSHV, q_rope_BSHC, num_places: int) -> str:

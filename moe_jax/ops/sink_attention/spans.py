@@ -1,6 +1,6 @@
 """What each query of V4 sees, as runs of neighbours: a window of tokens, and entries."""
 
-# B batch  S queries  N entries
+# B batch  S queries  T tokens  N entries
 
 from typing import NamedTuple
 
@@ -42,17 +42,22 @@ def spans(
 
 
 def visible(
-  seen: Spans, num_entries: int, index_BSK: Int[Array, 'B S K'] | None = None
-) -> tuple[Bool[Array, 'B S S'], Bool[Array, 'B S N']]:
-  """The same as masks, over tokens and over entries."""
+  seen: Spans,
+  num_entries: int,
+  index_BSK: Int[Array, 'B S K'] | None = None,
+  *,
+  num_tokens: int | None = None,
+) -> tuple[Bool[Array, 'B S T'], Bool[Array, 'B S N']]:
+  """The same as masks, over tokens, by default as many as queries, and over entries."""
 
   def mask(first_BS: Array, count_BS: Array, length: int) -> Array:
     behind_BSN = jnp.arange(length) - first_BS[..., None]
     return (behind_BSN >= 0) & (behind_BSN < count_BS[..., None])
 
-  tokens_BSS = mask(seen.window_first_BS, seen.window_count_BS, seen.window_first_BS.shape[1])
+  num_tokens = num_tokens or seen.window_first_BS.shape[1]
+  tokens_BST = mask(seen.window_first_BS, seen.window_count_BS, num_tokens)
   if index_BSK is None:
-    return tokens_BSS, mask(seen.entry_first_BS, seen.entry_count_BS, num_entries)
+    return tokens_BST, mask(seen.entry_first_BS, seen.entry_count_BS, num_entries)
   used_BSK = jnp.arange(index_BSK.shape[-1]) < seen.entry_count_BS[..., None]
   chosen_BSKN = index_BSK[..., None] == jnp.arange(num_entries)
-  return tokens_BSS, (chosen_BSKN & used_BSK[..., None]).any(2)
+  return tokens_BST, (chosen_BSKN & used_BSK[..., None]).any(2)
