@@ -25,6 +25,7 @@ from moe_jax.ops.attention import mosaic
 # TFLOP/s of large dense bfloat16 matmuls under the chip's power limit, not the data sheet's 989
 LIMIT = 790.0
 _CHECKED = 64
+_SINK = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Case:
   widths: tuple[int, int] = (192, 128)
   window: int | None = None
   packed: bool = False
+  sinks: bool = False
 
   @property
   def shape(self) -> str:
@@ -68,7 +70,9 @@ BARS = (
   Case('mla', 1, 8192, 128),
   Case('packed', 16, 4096, 16, packed=True),
   Case('equal', 1, 32768, 16, (128, 128)),
+  Case('equal', 1, 16384, 16, (64, 64)),
   Case('window1024', 1, 16384, 16, (128, 128), window=1024),
+  Case('sinks', 1, 16384, 16, (128, 128), sinks=True),
 )
 LENGTHS = tuple(Case('length', 1, 1024 * k, 4) for k in (4, 16, 64, 128))
 
@@ -88,8 +92,9 @@ def backends(case: Case) -> dict[str, Callable]:
 
   def ours(q, k, v, segment, by):
     segments = (segment, segment, start)
+    sink = jnp.full(case.heads, _SINK) if case.sinks else None
     how: Any = dict(scale=case.widths[0] ** -0.5, window=case.window, implementation=by)
-    return op.attention(q, k, v, *segments, **how)
+    return op.attention(q, k, v, *segments, sink, **how)
 
   def cudnn(q, k, v, _segment):
     # without documents cuDNN needs no mask, which is faster than the op's own use of it
@@ -104,7 +109,7 @@ def backends(case: Case) -> dict[str, Callable]:
   found: dict[str, Callable] = {}
   if mosaic.on_hopper():
     found['mosaic'] = functools.partial(ours, by='mosaic')
-  if case.name == 'length':
+  if case.name == 'length' or case.sinks:
     return found
   found['cudnn'] = functools.partial(ours, by='cudnn') if case.packed else cudnn
   return found
@@ -122,56 +127,62 @@ def data(case: Case) -> tuple[jax.Array, ...]:
 
 
 def run_case(case: Case) -> list[table.Row]:
-  q, k, v, do = data(case)
-  segment = jnp.asarray(case.segments())
+  shapes = q, k, v, do = jax.eval_shape(functools.partial(data, case))
+  segment = jax.ShapeDtypeStruct(q.shape[:2], jnp.int32)
+  calls, kinds = {('', 'data'): (functools.partial(data, case), ())}, {}
+  for by, fn in backends(case).items():
+    keep = functools.partial(_keep, fn, by, kinds)
+    kept = jax.eval_shape(keep, q, k, v, segment)
+    pull = lambda kept, do, by=by: kinds[by].unflatten(kept)(do)
+    calls[by, 'fwd'] = fn, (q, k, v, segment)
+    calls[by, 'keep'] = keep, (q, k, v, segment)
+    calls[by, 'bwd'] = pull, (kept, do)
+  compiled = dict(zip(calls, timing.compile_all(calls.values()), strict=True))
   C, V = case.widths
   flops = case.heads * case.pairs()
   work = {'fwd': 2 * (C + V) * flops, 'bwd': 2 * (3 * C + 2 * V) * flops}
-  gigabytes = _gigabytes(q, k, v, do)
+  gigabytes = _gigabytes(*shapes)
   rows = []
 
-  def add(name: str, by: str, call: Callable, args: tuple, **extra):
+  def add(name: str, by: str, args: tuple, want: tuple[np.ndarray, ...]):
+    call = compiled[by, name]
+    got = jax.tree.leaves(call(*args))
+    error = max(_error(*pair) for pair in zip(got, want, strict=True))
     # long inputs take long enough to need few repeats
     repeats = 10 if work[name] < 2e13 else 3
     measured = timing.measure(call, [args], block=jax.block_until_ready, repeats=repeats)
     rows.append(
       table.row_of(
         measured, amount=work[name], limit=LIMIT, unit='TFLOP/s', work=name, by=by,
-        shape=case.shape, gigabytes=gigabytes[name], **extra,
+        shape=case.shape, gigabytes=gigabytes[name], error=error, peak_gib=timing.peak_gib(call),
         length=case.length if case.name == 'length' else None,
       )
     )  # fmt: skip
 
+  q, k, v, do = compiled['', 'data']()
+  segment = jnp.asarray(case.segments())
   exact = _last_rows(case, q, k, v, do)
-  for by, fn in backends(case).items():
-    forward = jax.jit(fn).lower(q, k, v, segment).compile()
-    error = _error(forward(q, k, v, segment), exact[0])
-    add('fwd', by, forward, (q, k, v, segment), error=error, peak_gib=_peak(forward))
-    keep = jax.jit(lambda q, k, v, s, fn=fn: jax.vjp(lambda *qkv: fn(*qkv, s), q, k, v)[1])
-    pull = keep(q, k, v, segment)
-    backward = jax.jit(lambda pull, do: pull(do)).lower(pull, do).compile()
-    error = max(_error(got, want) for got, want in zip(backward(pull, do), exact[1:], strict=True))
-    add('bwd', by, backward, (pull, do), error=error, peak_gib=_peak(backward))
-    del pull
+  for by in kinds:
+    add('fwd', by, (q, k, v, segment), exact[:1])
+    add('bwd', by, (compiled[by, 'keep'](q, k, v, segment), do), exact[1:])
   if case.name == 'mla':
     rows.append(_dense())
   return rows + (torch_rows(case, work, gigabytes) if not case.packed else [])
 
 
+def _keep(fn: Callable, by: str, kinds: dict, q, k, v, segment) -> list[jax.Array]:
+  """What the forward pass keeps; what is to be done with it goes to kinds[by]."""
+  pull = jax.vjp(lambda *qkv: fn(*qkv, segment), q, k, v)[1]
+  leaves, kinds[by] = jax.tree.flatten(pull)
+  return leaves
+
+
 def _gigabytes(q, k, v, do) -> dict[str, float]:
   lse = 4 * q.size // q.shape[-1]
-  inputs, o = q.nbytes + k.nbytes + v.nbytes, do.nbytes
+  inputs, o = sum(a.size * a.dtype.itemsize for a in (q, k, v)), do.size * do.dtype.itemsize
   # delta reads o and do; two kernels read the inputs, do, lse and delta, and write dq, dk and dv
   backward = 2 * o + lse + 2 * (inputs + o + 2 * lse) + inputs
   return {'fwd': (inputs + o + lse) / 1e9, 'bwd': backward / 1e9}
-
-
-def _peak(compiled: jax.stages.Compiled) -> float | None:
-  memory = compiled.memory_analysis()
-  if memory is None:
-    return None
-  used = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
-  return sum(used) / 2**30
 
 
 def _dense() -> table.Row:
@@ -194,8 +205,9 @@ def _last_rows(case: Case, *operands: jax.Array) -> tuple[np.ndarray, ...]:
   ahead = i[-_CHECKED:, None] - i
   mask = (ahead >= 0) & (ahead < (case.window or case.length))
   s = np.where(mask & (segment[-_CHECKED:, None] == segment), q @ k.T * scale, -np.inf)
-  p = np.exp(s - s.max(-1, keepdims=True))
-  p /= p.sum(-1, keepdims=True)
+  most = s.max(-1, keepdims=True)
+  p = np.exp(s - most)
+  p /= p.sum(-1, keepdims=True) + (np.exp(_SINK - most) if case.sinks else 0)
   dp = do @ v.T
   ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * scale
   return p @ v, ds @ k, (ds.T @ q)[-_CHECKED:], (p.T @ do)[-_CHECKED:]
@@ -207,7 +219,7 @@ def torch_rows(case: Case, work: dict[str, float], gigabytes: dict[str, float]) 
     import torch  # pyright: ignore[reportMissingImports]
   except ImportError:
     return []
-  if not torch.cuda.is_available() or case.window is not None or case.name == 'length':
+  if not torch.cuda.is_available() or case.window or case.sinks or case.name == 'length':
     return []
   make = lambda width: torch.randn(
     case.batch, case.heads, case.length, width, device='cuda', dtype=torch.bfloat16,
