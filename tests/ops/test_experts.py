@@ -205,6 +205,22 @@ def test_experts_in_fp8_are_close_to_float32_with_their_gradients(recipe):
   np.testing.assert_array_equal(np.asarray(found[3], np.float32)[2], 0)
 
 
+def test_experts_in_fp8_keep_the_hidden_layer_in_fp8():
+  T, D, F, E, K = 64, 384, 128, 8, 4
+  shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
+  x, weight, route = shape(T, D), shape(T, K, dtype=jnp.float32), shape(T, K, dtype=jnp.int32)
+  recipe = Recipe(E4M3, E4M3, E4M3)
+
+  def backward(x, weight, gate_up, down, route):
+    run = lambda *a: local_experts(a[0], route, *a[1:], rows=T * K, limit=0.0, recipe=recipe)
+    return jax.vjp(run, x, weight, gate_up, down)[1]
+
+  matrices = shape(E, D, 2, F), shape(E, F, D)
+  kept = jax.tree.leaves(jax.eval_shape(backward, x, weight, *matrices, route))
+  hidden = [a.dtype for a in kept if a.ndim == 2 and a.shape[1] == 2 * F]
+  assert hidden == [jnp.float8_e4m3fn]
+
+
 def test_experts_in_fp8_need_whole_blocks():
   x, weight, gate_up, down = (a.astype(jnp.bfloat16) for a in operands())
   x, weight, route = (a.reshape(B * S, -1) for a in (x, weight, jnp.asarray(routes('mixed'))))

@@ -162,3 +162,13 @@ def test_triton_quantises_blocks_both_ways(fmt):
   same(found, qz.quantize_blocks_and_transposed(w, fmt))
   same(found[1], qz.quantize_blocks(jnp.swapaxes(w, 1, 2), fmt))
   same(triton.blocks(w, fmt, want=('transposed',)), [found[1]])
+
+
+def test_launches_of_one_shape_share_one_function():
+  # or a step in FP8 would lower and compile some hundred kernels
+  x = jnp.zeros((128, 128))
+  launch = lambda a: triton.quantize(a, E4M3, by_row=True)
+  jaxpr = jax.make_jaxpr(lambda a, b: (launch(a), launch(b)))(x, x + 1)
+  launched = [e.params['jaxpr'] for e in jaxpr.eqns if e.primitive.name in ('jit', 'pjit')]
+  assert len(launched) == 2
+  assert launched[0] is launched[1]
