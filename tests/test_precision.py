@@ -77,6 +77,11 @@ def test_a_word_that_does_not_exist_is_refused_with_those_that_do():
     PrecisionOverrides(linear_dgrad='e4m4')
 
 
+def test_experts_with_one_scale_a_tensor_are_refused():
+  with pytest.raises(ValueError, match=r"experts_forward.*'tensor', which is not one of.*block"):
+    PrecisionOverrides(experts_forward='e4m3 tensor')
+
+
 def test_gradients_of_more_bits_come_from_the_masters():
   exact = policy('bfloat16', PrecisionOverrides(gradients='float32'))
   params = {'up_DF': jnp.full((128, 128), 1.001)}

@@ -31,6 +31,8 @@ class PrecisionOverrides:
     for field in dataclasses.fields(self):
       name, value = f'precision_overrides.{field.name}', getattr(self, field.name)
       words = ('float32', 'bfloat16') if field.name == 'gradients' else PRODUCT_WORDS
+      if field.name.startswith('experts'):
+        words = tuple(word for word in words if word != 'tensor')  # experts have scales by block
       for word in value.split():
         require(
           word in words,
