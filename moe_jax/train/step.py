@@ -29,10 +29,6 @@ Metrics = dict[str, jax.Array]
 ROUTER_SUMS = ('tokens', 'entropy', 'margin', 'choices', 'dropped')
 CHOICES_KEPT = 2048  # tokens whose choices every evaluation returns
 
-# Else XLA runs a kernel twice whose result its layer reads and the stack of a scan keeps: it fuses
-# a copy of the kernel with the write to the stack. The flag means nothing to a CPU.
-_COMPILER_OPTIONS = {'xla_gpu_enable_dynamic_slice_fusion': False}
-
 
 def _where(batch: Batch) -> Where:
   start_B = jnp.zeros_like(batch['tokens'][:, 0])
@@ -278,7 +274,7 @@ def make_train_step(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[Train
 
 def jit_train_step(cfg: RunConfig) -> Any:
   """`make_train_step`, jitted as runs and benchmarks use it: the state is given away."""
-  return jax.jit(make_train_step(cfg), donate_argnums=0, compiler_options=_COMPILER_OPTIONS)
+  return jax.jit(make_train_step(cfg), donate_argnums=0)
 
 
 class Evaluated(NamedTuple):
