@@ -15,6 +15,8 @@ from moe_jax.models.decoder import Decoder, Output, empty_cache, head_DV
 
 # B rows  S new tokens  V vocabulary
 
+_CACHE_MULTIPLE = 64
+
 
 class Session(NamedTuple):
   """Rows being written: what is cached, and how many tokens of each row are."""
@@ -80,7 +82,9 @@ def generate(
 
   @jax.jit
   def prefill(variables: Any, token_BS: jax.Array):
-    session = open_session(model, rows=rows, length=len(prompt) + num_tokens)
+    # kernels read caches in whole tiles
+    length = -(-(len(prompt) + num_tokens) // _CACHE_MULTIPLE) * _CACHE_MULTIPLE
+    session = open_session(model, rows=rows, length=length)
     logits_BSV, session = extend(model, variables, session, token_BS)
     return next_token(logits_BSV, jnp.asarray(0)), session
 

@@ -105,8 +105,8 @@ def test_a_window_and_entries_join_with_the_sink(monkeypatch, capfd, entries, sl
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
     got = call(q, key, entry, sink, seen, index, native=False)
   interpret_pallas_call.reset_gpu_interpret_mode_state()
-  wide = (a.astype(jnp.float32) for a in (q, key, entry))
-  want = call(*wide, sink, seen, index, implementation='reference')
+  wide = [a.astype(jnp.float32) for a in (q, key, entry)]
+  want = call(wide[0], wide[1], wide[2], sink, seen, index, implementation='reference')
   distance = jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)
   # probabilities and results are rounded to 8 bits
   assert distance < 5e-3

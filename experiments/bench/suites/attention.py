@@ -129,7 +129,10 @@ def data(case: Case) -> tuple[jax.Array, ...]:
 def run_case(case: Case) -> list[table.Row]:
   shapes = q, k, v, do = jax.eval_shape(functools.partial(data, case))
   segment = jax.ShapeDtypeStruct(q.shape[:2], jnp.int32)
-  calls, kinds = {('', 'data'): (functools.partial(data, case), ())}, {}
+  calls: dict[tuple[str, str], tuple[Callable, tuple]] = {
+    ('', 'data'): (functools.partial(data, case), ())
+  }
+  kinds: dict[str, Any] = {}
   for by, fn in backends(case).items():
     keep = functools.partial(_keep, fn, by, kinds)
     kept = jax.eval_shape(keep, q, k, v, segment)

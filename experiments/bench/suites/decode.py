@@ -90,12 +90,12 @@ def run_v4(B: int, H: int, T: int, C: int, window: int, top_k: int) -> list[tabl
     column = lambda n: jnp.full((B, 1), n, jnp.int32)
     index, count = (place, K) if work == 'v4 csa' else (None, N)
     seen = Spans(column(1), column(key.shape[1] - 1), column(0), column(count))
-    call = functools.partial(compressed_decode_attention, scale=C**-0.5)
+    call: Any = functools.partial(compressed_decode_attention, scale=C**-0.5)
     operands = q, key, entry, sink, seen, index
     calls[work, 'kernel'] = call, operands
     if B * N <= 2**14:
       calls[work, 'masks'] = functools.partial(call, implementation='reference'), operands
-    wide = [a[:1].astype(jnp.float32) for a in (q, key, entry)]
+    wide: Any = [a[:1].astype(jnp.float32) for a in (q, key, entry)]
     first: Any = jax.tree.map(lambda a: a[:1], (seen, index))
     exact[work] = call(*wide, sink, *first, implementation='reference')
     places[work] = B * (key.shape[1] - 1 + count)

@@ -48,7 +48,10 @@ def attention(
     )
     return o[..., :V]
 
+  operands = q_BSHC, k_BSHC, v_BSHV, segment_BS
+  if not jax.sharding.get_abstract_mesh().explicit_axes:
+    return on_device(*operands)
   return jax.shard_map(
     on_device, in_specs=(sh.HEADS, sh.HEADS, sh.HEADS, sh.TOKENS), out_specs=sh.HEADS,
     check_vma=False,  # cuDNN's custom calls carry no such types
-  )(q_BSHC, k_BSHC, v_BSHV, segment_BS)  # fmt: skip
+  )(*operands)  # fmt: skip
