@@ -59,6 +59,12 @@ def get_config(arg: str = 'h100') -> ml_collections.ConfigDict:
     c.optim.lr_peak = 4e-3
     c.optim.clip_norm = 1e9  # clipping would hide the spikes
     c.optim.warmup_steps = 10
+  if arg == 'ramp':
+    c.steps = 300
+    c.optim.lr_peak = 2e-3
+    c.model.num_layers = 4
+    c.data.batch_size = 12
+    c.data.sequence_length = 512
   if arg == 'tiny':
     c.steps = 120
     c.precision = 'float32'

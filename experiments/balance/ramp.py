@@ -1,0 +1,154 @@
+"""At what learning rate each balancing method breaks: the rate rises until the loss does.
+
+  python -m experiments.balance.ramp --tokens=tokens.xz --out=runs/ramp [--seeds=0,1,2]
+  python -m moe_jax.analysis.ramp --runs=runs/ramp --out=docs/balance
+
+After a while at `optim.lr_peak` the rate climbs by stairs of 15%. The methods' strengths are
+carried in the state, so that one compiled program serves them all. A run leaves
+OUT/METHOD-SEED.npz; one that is there is not made again.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from experiments import flags
+from experiments.balance.tokens import Rows
+from moe_jax import config_io
+from moe_jax import sharding as sh
+from moe_jax.config import RunConfig
+from moe_jax.routing import Gate, Idea, Seen, Sizes, State
+from moe_jax.routing.expert_level import ExpertLevel
+from moe_jax.routing.loss_free import LossFree
+from moe_jax.train.state import TrainState, create
+from moe_jax.train.step import make_train_step
+
+# L layers  E experts
+
+METHODS: dict[str, dict[str, float]] = {
+  'none': {},
+  'loss-free 1e-2': {'rate': 1e-2},
+  'aux 1e-3': {'weight': 1e-3},
+  'aux 1e-2': {'weight': 1e-2},
+  'proportional 1e-2': {'proportional': 1e-2},
+  'loss-free 1e-3': {'rate': 1e-3},
+}
+STAIR = 1.15  # the learning rate of a stair over that of the one before
+STAIRS = 20  # it ends at 16 times its start
+FLAT = 0.3  # of the steps before the first stair
+KEPT = ('train/lm_loss', 'train/grad_norm', 'train/lr', 'guard/skipped')
+KEPT_MEANS = ('router/max_vio', 'router/dead_experts', 'router/grad_norm', 'router/bias_norm')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dialled(Idea):
+  """`expert_level` and both rules of `loss_free`, whose strengths are state and not constants."""
+
+  name: ClassVar[str] = 'dialled'
+
+  def init(self, key: jax.Array, sizes: Sizes) -> State:
+    return {name: jnp.zeros(()) for name in ('weight', 'rate', 'proportional')}
+
+  def loss(self, gate: Gate, state: State) -> Float[Array, '']:
+    return state['weight'] * ExpertLevel(weight=1.0).loss(gate, {})
+
+  def update_bias(
+    self, bias_LE: Float[Array, 'L E'], state: State, seen: Seen
+  ) -> Float[Array, 'L E']:
+    for name, rule in (('rate', 'sign'), ('proportional', 'proportional')):
+      step_LE = LossFree(rate=1.0, rule=rule).update_bias(jnp.zeros_like(bias_LE), {}, seen)
+      bias_LE += state[name][:, None] * step_LE
+    return bias_LE
+
+
+def dial(state: TrainState, strengths: dict[str, float]) -> TrainState:
+  """A fresh state whose layers all balance this strongly."""
+  at = lambda path, zero: zero + strengths.get(path[-1].key, 0.0)
+  return state._replace(ideas=jax.tree_util.tree_map_with_path(at, state.ideas))
+
+
+def configure(arg: str, changes: dict[str, Any]) -> RunConfig:
+  c = flags.load('experiments/configs/balance.py', arg)
+  c.balance = 'dialled'
+  stairs_at = np.linspace(FLAT, 1, STAIRS, endpoint=False).round(4)
+  stairs = {'schedule': 'steps', 'step_factor': STAIR, 'step_fractions': tuple(stairs_at.tolist())}
+  c.update_from_flattened_dict(changes | {f'optim.{name}': v for name, v in stairs.items()})
+  return config_io.build(c.to_dict())
+
+
+class Ramp:
+  """The compiled program and the batches of every run."""
+
+  def __init__(self, cfg: RunConfig, tokens: Path):
+    self.cfg, rows = cfg, Rows(tokens, 'train', length=cfg.data.sequence_length)
+    device = sh.batch_sharding(jax.sharding.get_mesh())
+    batch = lambda i: jax.device_put(rows.batch(i, cfg.data.batch_size), device)
+    make, key = jax.jit(functools.partial(create, cfg)), jax.random.key(0)
+    tell('lowering')
+    step: Any = jax.jit(make_train_step(cfg), donate_argnums=0)
+    lowered = step.lower(jax.eval_shape(make, key), batch(0)), make.lower(key)
+    tell('compiling')
+    with ThreadPoolExecutor() as pool:
+      compiled = [pool.submit(one.compile) for one in lowered]
+      self._batches = [batch(i) for i in range(cfg.steps)]
+      self._step, self._create = (future.result() for future in compiled)
+    tell('compiled')
+
+  def run(self, strengths: dict[str, float], seed: int) -> dict[str, np.ndarray]:
+    state = dial(self._create(jax.random.key(seed)), strengths)
+    begun_s, seen = time.monotonic(), []
+    for batch in self._batches:
+      state, metrics = self._step(state, batch)
+      seen.append(
+        {name: metrics[name] for name in KEPT} | {name: metrics[name] for name in KEPT_MEANS}
+      )
+    host = jax.device_get(seen)
+    record = {name: np.array([m[name].mean() for m in host], np.float32) for name in seen[0]}
+    return record | {'seconds': np.array(time.monotonic() - begun_s)}
+
+
+def tell(text: str) -> None:
+  print(f'{time.strftime("%H:%M:%S")} {text}', flush=True)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(prog='python -m experiments.balance.ramp')
+  parser.add_argument('--tokens', type=Path, required=True)
+  parser.add_argument('--out', type=Path, required=True)
+  parser.add_argument('--arg', default='ramp', help='of the config')
+  parser.add_argument('--seeds', default='0,1,2')
+  parser.add_argument('--set', default='{}', help='JSON of further fields of the config')
+  args = parser.parse_args()
+  args.out.mkdir(parents=True, exist_ok=True)
+  cfg = configure(args.arg, json.loads(args.set))
+  with jax.set_mesh(sh.make_mesh((1, 1, 1))):
+    ramp = Ramp(cfg, args.tokens)
+    # a run that is cut off leaves whole seeds of every method behind
+    for seed in map(int, args.seeds.split(',')):
+      for name, strengths in METHODS.items():
+        path = args.out / f'{name}-{seed}.npz'
+        if path.exists():
+          continue
+        record = ramp.run(strengths, seed)
+        np.savez_compressed(path, **record)  # pyright: ignore[reportArgumentType]
+        loss_N = record['train/lm_loss']
+        tell(
+          f'{name:18} seed {seed}: {record["seconds"]:.1f} s, loss '
+          f'{" ".join(f"{x:.2f}" for x in loss_N[:: max(cfg.steps // 10, 1)])} {loss_N[-1]:.2f}, '
+          f'largest gradient {record["train/grad_norm"][cfg.steps // 10 :].max():.1f}, '
+          f'MaxVio {record["router/max_vio"][cfg.steps // 2]:.2f}'
+        )
+
+
+if __name__ == '__main__':
+  main()
