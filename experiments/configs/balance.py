@@ -3,7 +3,8 @@
   python -m experiments.balance.run --tokens=tokens.xz --out=runs/balance
 
 runs every method and seed of `experiments.balance.methods` with it; `:tiny` is the same in small,
-for a CPU; `:stress` has four times the learning rate, unclipped. A single run on text:
+for a CPU; `:stress` has four times the learning rate, unclipped; `:ramp` is shallow, for
+`experiments.balance.ramp`. A single run on text:
 
   python -m moe_jax.data.build_corpus --out=corpus
   python -m experiments.run --config=experiments/configs/balance.py --workdir=runs/balance

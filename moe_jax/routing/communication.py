@@ -17,8 +17,9 @@ class Communication(Idea):
   """weight * sum_d f''_d P''_d on each sequence: devices are to receive equally many tokens.
 
   f''_d = G / (M T) * (tokens sent to device d), one for a token however many of its experts live
-  there, without gradient; P''_d is the sum of the mean affinities of the device's experts. M, the
-  most devices that a token may visit, is `device_limit`.
+  there, without gradient; P''_d is the sum of the mean affinities of the device's experts,
+  normalised to sum to one for a token. M, the most devices that a token may visit, is
+  `device_limit`.
 
   Source: arXiv:2405.04434, equations 29 to 31: 8 devices, 3 for a token, weight 0.02. The value is
   tested against an independent computation.

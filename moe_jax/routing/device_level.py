@@ -16,7 +16,7 @@ class DeviceLevel(Idea):
   """weight * sum_d f'_d P'_d on each sequence: devices are to be busy alike, experts need not be.
 
   f'_d is the mean over the device's experts of f_i = E / (K T) * (tokens that choose i), without
-  gradient; P'_d is the sum of their mean affinities.
+  gradient; P'_d is the sum of their mean affinities, normalised to sum to one for a token.
 
   Source: arXiv:2401.06066, equations 15 to 17; arXiv:2405.04434, equations 26 to 28, weight 0.05.
   The value is tested against an independent computation.

@@ -12,6 +12,9 @@ from moe_jax.routing.base import Gate, Idea, State, normalized, sequence_balance
 class ExpertLevel(Idea):
   """weight * sum_i f_i P_i on each sequence, averaged; the experts counted are those chosen.
 
+  P is the mean of scores normalised to sum to one, as the paper's softmax does: without that a
+  sigmoid lowers the loss by shrinking all scores alike, and balances nothing.
+
   The paper leaves open whether f and P run over the batch or a sequence; DeepSeek's released code
   takes sequences, and so does this.
 
