@@ -18,7 +18,7 @@ DOMAINS = ('code_cpp', 'code_py', 'en_api', 'en_lit', 'en_ref', 'xx_he')
 
 
 def get_config(arg: str = 'h100') -> ml_collections.ConfigDict:
-  check_argument(arg, 'h100', 'stress', 'tiny')
+  check_argument(arg, 'h100', 'stress', 'ramp', 'tiny')
   c = base()
   c.steps = 600
   c.precision = 'bfloat16'
