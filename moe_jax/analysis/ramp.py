@@ -7,6 +7,7 @@ writes ramp.json (numbers of every run) and ramp.png, and prints the table.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from moe_jax.analysis.stability import stability
 # N steps
 
 SMOOTH = 9  # steps that a loss is a mean of
-RISE = 0.5  # nats above the lowest so far: the run is broken
+MEDIAN = 15  # steps that a gradient norm is a median of
+FACTOR = 2.0  # times the gradient norm before the rate climbs: the run is broken
 BASELINE = 'none'
+COLOURS = ('#6B6B6B', '#0072B2', '#56B4E9', '#D55E00', '#E69F00', '#009E73')
 Runs = dict[str, dict[int, dict[str, np.ndarray]]]  # by method, by seed
 
 
@@ -38,76 +41,94 @@ def smooth(value_N: np.ndarray) -> np.ndarray:
   return (sum_N[SMOOTH:] - sum_N[:-SMOOTH]) / np.minimum(np.arange(len(value_N)) + 1, SMOOTH)
 
 
-def breaks_at(loss_N: np.ndarray) -> int | None:
-  """The first step at which the smoothed loss is not finite, or `RISE` above its lowest so far."""
-  smooth_N = smooth(loss_N)
-  bad_N = ~np.isfinite(smooth_N) | (smooth_N > np.fmin.accumulate(smooth_N) + RISE)
+def breaks_at(grad_N: np.ndarray, rate_N: np.ndarray) -> int | None:
+  """The first step whose gradient norm, a median of `MEDIAN` steps, is `FACTOR` times what it was.
+
+  What it was is the median before the first stair, where the rate is flat. The loss tells less: it
+  follows the text, half a nat up and down.
+  """
+  values, counts = np.unique(rate_N, return_counts=True)
+  flat_N = rate_N == values[counts.argmax()]
+  median_N = np.array(
+    [np.median(grad_N[max(i - MEDIAN + 1, 0) : i + 1]) for i in range(len(grad_N))]
+  )
+  bad_N = ~(median_N <= FACTOR * np.median(grad_N[flat_N]))
+  bad_N[: flat_N.nonzero()[0][-1] + 1] = False
   return int(bad_N.argmax()) if bad_N.any() else None
 
 
 def numbers(record: dict[str, np.ndarray]) -> dict[str, float]:
   """What is said of one run; a run that never broke has the last step's learning rate."""
-  loss_N, rate_N = record['train/lm_loss'], record['train/lr']
-  at = breaks_at(loss_N)
-  calm = stability(loss_N, record['train/grad_norm'])
+  loss_N, rate_N, grad_N = record['train/lm_loss'], record['train/lr'], record['train/grad_norm']
+  at = breaks_at(grad_N, rate_N)
+  calm = stability(loss_N, grad_N)
+  half = len(loss_N) // 2
   return {
     'broke': at is not None,
     'broke_at_lr': rate_N[-1 if at is None else at],
-    'lowest_loss': np.nanmin(smooth(loss_N)),
-    'lowest_at_lr': rate_N[np.nanargmin(smooth(loss_N))],
     'loss_spikes': calm.loss_spikes_per_10k,
     'grad_spikes': calm.grad_spikes_per_10k,
     'not_finite': calm.not_finite,
+    'largest_grad': np.nanmax(grad_N[half:]),
+    'late_loss': np.nanmean(loss_N[half:]),
   }
 
 
 def table(runs: Runs) -> str:
   """Markdown: a row for each method, mean and deviation over its seeds."""
   head = (
-    'method', 'runs that broke', 'at a learning rate of', f'against {BASELINE}, by seed',
-    'loss spikes per 10k steps', 'gradient spikes per 10k steps', 'lowest loss',
+    'method', 'seeds', 'gradients double at a rate of', f'against {BASELINE}, seed by seed',
+    'gradient spikes per 10k steps', 'loss spikes per 10k steps', 'steps not finite',
+    'largest gradient norm', f'loss of the second half against {BASELINE}',
   )  # fmt: skip
   rows = [head, ('---',) * len(head)]
-  for method, by_seed in runs.items():
-    found = {seed: numbers(record) for seed, record in by_seed.items()}
-    base = {seed: numbers(record) for seed, record in runs.get(BASELINE, {}).items()}
-    gains = [found[s]['broke_at_lr'] / base[s]['broke_at_lr'] - 1 for s in found if s in base]
-    against = '' if method == BASELINE else ', '.join(f'{gain:+.0%}' for gain in gains)
-
-    def column(name: str, form: str, found=found) -> str:
-      values = [f[name] for f in found.values()]
-      return f'{np.mean(values):{form}} ± {np.std(values):{form}}'
-
-    broke = sum(f['broke'] for f in found.values())
+  of = {m: {seed: numbers(r) for seed, r in by_seed.items()} for m, by_seed in runs.items()}
+  for method, found in of.items():
+    base = {} if method == BASELINE else of.get(BASELINE, {})
+    both = [(found[seed], base[seed]) for seed in sorted(found) if seed in base]
+    gains = [f['broke_at_lr'] / b['broke_at_lr'] - 1 for f, b in both]
+    worse = [f['late_loss'] - b['late_loss'] for f, b in both]
+    column = lambda name, form, f=found: _spread([x[name] for x in f.values()], form)
     rows.append((
-      method, f'{broke:.0f} of {len(found)}', column('broke_at_lr', '.4f'), against,
-      column('loss_spikes', '.0f'), column('grad_spikes', '.0f'), column('lowest_loss', '.3f'),
+      method, str(len(found)), column('broke_at_lr', '.4f'),
+      ', '.join(f'{gain:+.0%}' for gain in gains), column('grad_spikes', '.0f'),
+      column('loss_spikes', '.0f'), column('not_finite', '.0f'), column('largest_grad', '.0f'),
+      _spread(worse, '+.3f') if worse else '',
     ))  # fmt: skip
   return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
 
 
+def _spread(values: Sequence[float], form: str) -> str:
+  return f'{np.mean(values):{form}} ± {np.std(values):{form.lstrip("+")}}'
+
+
 @style.styled
-def loss_by_rate(runs: Runs) -> Figure:
-  """Smoothed loss against the learning rate, each run a line, and where it broke a dot."""
-  fig, (axes,) = style.panels(4.2)
-  where = {}
-  for i, (method, by_seed) in enumerate(runs.items()):
-    found = [numbers(record) for record in by_seed.values()]
-    where[method] = float(np.mean([f['broke_at_lr'] for f in found]))
-    for number, record in enumerate(by_seed.values()):
-      loss_N, rate_N, at = smooth(record['train/lm_loss']), record['train/lr'], None
-      axes.plot(
-        rate_N, loss_N, color=f'C{i}', linewidth=1, alpha=0.8, label=None if number else method
-      )
-      at = breaks_at(record['train/lm_loss'])
-      if at is not None:
-        axes.plot(rate_N[at], loss_N[at], 'o', color=f'C{i}', markersize=5)
-  axes.set(xlabel='learning rate, rising with the steps', ylabel=f'loss, mean of {SMOOTH} steps')
-  axes.legend(loc='upper left', bbox_to_anchor=(1.01, 1))
-  first, last = min(where, key=lambda m: where[m]), max(where, key=lambda m: where[m])
+def over_steps(runs: Runs) -> Figure:
+  """Loss and gradient norm while the rate climbs: mean and largest over the seeds of a method."""
+  fig, (loss, grad) = style.panels(5.6, rows=2, share=False)
+  order = [BASELINE, *sorted(set(runs) - {BASELINE})]
+  for i, method in enumerate(order):
+    records, colour = runs[method].values(), COLOURS[i % len(COLOURS)]
+    mean_N = np.mean([smooth(r['train/lm_loss']) for r in records], axis=0)
+    largest_N = np.max([r['train/grad_norm'] for r in records], axis=0)
+    loss.plot(mean_N, color=colour, linewidth=1.3, label=method)
+    grad.plot(largest_N, color=colour, linewidth=0.9, alpha=0.8, label=method)
+  rate_N = next(iter(runs[BASELINE].values()))['train/lr']
+  # steps at which the rate has doubled, from where it is flat
+  ticks = [int(np.argmax(rate_N >= rate_N.max() * 0.999 / 2**k)) for k in (4, 3, 2, 1, 0)]
+  for axes in (loss, grad):
+    axes.set_xticks(ticks, [f'{rate_N[t]:.2g}' for t in ticks])
+  loss.set(ylabel=f'loss, mean of {SMOOTH} steps', ylim=(None, 7))
+  grad.set(ylabel='gradient norm, largest of seeds', yscale='log', xlabel='learning rate, by step')
+  loss.legend(loc='upper left', bbox_to_anchor=(1.01, 1))
+  spikes = {m: np.mean([numbers(r)['grad_spikes'] for r in runs[m].values()]) for m in order}
+  broke = {m: np.mean([numbers(r)['broke_at_lr'] for r in runs[m].values()]) for m in order}
+  first, last = min(broke, key=lambda m: broke[m]), max(broke, key=lambda m: broke[m])
+  most, least = max(spikes, key=lambda m: spikes[m]), min(spikes, key=lambda m: spikes[m])
   finding = (
-    f'{first} breaks first, at a learning rate of {where[first]:.4f}; {last} last, at '
-    f'{where[last]:.4f}'
+    f'Gradients double first with {first}, at a learning rate of {broke[first]:.4f}, and last with '
+    f'{last}, at {broke[last]:.4f}; spikes of {spikes[least]:.0f} ({least}) to {spikes[most]:.0f} '
+    f'({most}) per 10k steps'
   )
   return style.title(fig, finding)
 
@@ -127,7 +148,7 @@ def main() -> None:
     for method, by_seed in runs.items()
   }
   (args.out / 'ramp.json').write_text(json.dumps(results, indent=1) + '\n')
-  loss_by_rate(runs).savefig(args.out / 'ramp.png')
+  over_steps(runs).savefig(args.out / 'ramp.png')
   print(table(runs))
 
 

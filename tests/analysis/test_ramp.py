@@ -3,12 +3,14 @@ import pytest
 
 from moe_jax.analysis.ramp import breaks_at, numbers, smooth, table
 
-FALLING_N = np.linspace(9.0, 5.0, 200)
+FLAT, STAIR = 60, 20
+RATE_N = np.concatenate([np.full(FLAT, 1e-3), np.repeat([2e-3, 4e-3, 8e-3], STAIR)])
 
 
-def record_of(loss_N) -> dict[str, np.ndarray]:
-  rate_N = np.arange(1, len(loss_N) + 1) * 1e-4
-  return {'train/lm_loss': loss_N, 'train/grad_norm': np.ones(len(loss_N)), 'train/lr': rate_N}
+def record_of(wild_from: int) -> dict[str, np.ndarray]:
+  """Gradient norms of 1, and of 3 from a step on."""
+  grad_N = np.where(np.arange(len(RATE_N)) >= wild_from, 3.0, 1.0)
+  return {'train/lm_loss': np.linspace(9, 5, 120), 'train/grad_norm': grad_N, 'train/lr': RATE_N}
 
 
 def test_smooth_is_the_mean_of_the_steps_so_far_and_of_nine_at_most():
@@ -18,21 +20,26 @@ def test_smooth_is_the_mean_of_the_steps_so_far_and_of_nine_at_most():
 
 
 @pytest.mark.parametrize(
-  ('then', 'step'),
-  [(np.full(40, 5.1), None), (np.full(40, 7.0), 202), (np.full(40, np.nan), 200)],
-  ids=['noise', 'rise of 2 nats', 'not finite'],
+  ('change', 'step'),
+  [({}, None), ({70: 9.0}, None), (dict.fromkeys(range(80, 120), 3.0), 87)],
+  ids=['calm', 'one spike', 'three times as large'],
 )
-def test_a_run_breaks_where_its_smoothed_loss_is_half_a_nat_above_its_lowest(then, step):
-  assert breaks_at(np.concatenate([FALLING_N, then])) == step
+def test_a_run_breaks_where_the_median_gradient_norm_doubles(change, step):
+  grad_N = np.ones(len(RATE_N))
+  grad_N[list(change)] = list(change.values())
+  assert breaks_at(grad_N, RATE_N) == step
+
+
+def test_a_run_that_is_not_finite_has_broken():
+  grad_N = np.where(np.arange(len(RATE_N)) >= 100, np.nan, 1.0)
+  assert breaks_at(grad_N, RATE_N) == 100
 
 
 def test_a_run_that_never_broke_has_the_last_learning_rate():
-  found = numbers(record_of(FALLING_N))
-  assert not found['broke'] and found['broke_at_lr'] == pytest.approx(0.02)
+  found = numbers(record_of(len(RATE_N)))
+  assert not found['broke'] and found['broke_at_lr'] == pytest.approx(8e-3)
 
 
 def test_table_compares_with_no_balancing_seed_by_seed():
-  broken = record_of(np.concatenate([FALLING_N, np.full(40, 9.0)]))
-  later = record_of(np.concatenate([FALLING_N, np.full(20, 5.0), np.full(20, 9.0)]))
-  row = table({'none': {0: broken}, 'aux 1e-3': {0: later}}).splitlines()[-1]
-  assert '1 of 1' in row and '+10%' in row
+  row = table({'none': {0: record_of(70)}, 'aux 1e-3': {0: record_of(90)}}).splitlines()[-1]
+  assert '0.0040 ' in row and '+100%' in row
