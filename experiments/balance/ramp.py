@@ -54,7 +54,7 @@ KEPT_MEANS = ('router/max_vio', 'router/dead_experts', 'router/grad_norm', 'rout
 class Dialled(Idea):
   """`expert_level` and both rules of `loss_free`, whose strengths are state and not constants."""
 
-  name: ClassVar[str] = 'dialled'
+  name: ClassVar[str] = ''  # named by `configure`: importing this file adds no idea to the others
 
   def init(self, key: jax.Array, sizes: Sizes) -> State:
     return {name: jnp.zeros(()) for name in ('weight', 'rate', 'proportional')}
@@ -78,8 +78,9 @@ def dial(state: TrainState, strengths: dict[str, float]) -> TrainState:
 
 
 def configure(arg: str, changes: dict[str, Any]) -> RunConfig:
+  Dialled.name = 'dialled'
   c = flags.load('experiments/configs/balance.py', arg)
-  c.balance = 'dialled'
+  c.balance = Dialled.name
   stairs_at = np.linspace(FLAT, 1, STAIRS, endpoint=False).round(4)
   stairs = {'schedule': 'steps', 'step_factor': STAIR, 'step_fractions': tuple(stairs_at.tolist())}
   c.update_from_flattened_dict(changes | {f'optim.{name}': v for name, v in stairs.items()})

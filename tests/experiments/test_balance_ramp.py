@@ -7,7 +7,7 @@ import pytest
 
 from experiments.balance.ramp import FLAT, METHODS, STAIR, Dialled, configure
 from moe_jax.optim import schedule
-from moe_jax.routing import Idea, Seen, Sizes
+from moe_jax.routing import Idea, Seen, Sizes, ideas
 from moe_jax.routing.expert_level import ExpertLevel
 from moe_jax.routing.loss_free import LossFree
 from tests.routing.gates import make_gate
@@ -35,7 +35,8 @@ def test_dials_in_the_state_do_what_the_idea_with_these_constants_does(method):
   np.testing.assert_allclose(Dialled().update_bias(bias_LE, stacked, seen), want_LE, rtol=1e-6)
 
 
-def test_learning_rate_stays_flat_and_then_climbs_by_stairs():
+def test_learning_rate_stays_flat_and_then_climbs_by_stairs(monkeypatch):
+  monkeypatch.setattr(Dialled, 'name', '')  # as it was, afterwards
   cfg = configure('ramp', {})
   at_N = jnp.arange(cfg.optim.warmup_steps, cfg.steps)
   rate_N = np.asarray(jax.vmap(schedule(cfg.optim, cfg.steps))(at_N))
@@ -43,3 +44,7 @@ def test_learning_rate_stays_flat_and_then_climbs_by_stairs():
   assert (steps[: round(FLAT * cfg.steps) - cfg.optim.warmup_steps - 1] == 1).all()
   np.testing.assert_allclose(steps[steps > 1], STAIR, rtol=1e-5)
   assert rate_N[-1] / rate_N[0] == pytest.approx(STAIR**20, rel=1e-4)
+
+
+def test_importing_the_ramp_adds_no_idea_to_the_others():
+  assert 'dialled' not in ideas()
