@@ -8,7 +8,6 @@ carried in the state, so that one compiled program serves them all. A run leaves
 OUT/METHOD-SEED.npz; one that is there is not made again.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -24,6 +23,7 @@ from jaxtyping import Array, Float
 
 from experiments import flags
 from experiments.balance.tokens import Rows
+from experiments.command import Parser
 from moe_jax import config_io
 from moe_jax import sharding as sh
 from moe_jax.config import RunConfig
@@ -123,15 +123,20 @@ def tell(text: str) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(prog='python -m experiments.balance.ramp')
-  parser.add_argument('--tokens', type=Path, required=True)
-  parser.add_argument('--out', type=Path, required=True)
+  parser = Parser('experiments.balance.ramp', __doc__)
+  parser.add_argument('--tokens', type=Path, required=True, help='of experiments.balance.tokens')
+  parser.add_argument('--out', type=Path, required=True, help='folder of the results')
   parser.add_argument('--arg', default='ramp', help='of the config')
-  parser.add_argument('--seeds', default='0,1,2')
+  parser.add_argument('--seeds', default='0,1,2', help='of the initial parameters')
   parser.add_argument('--set', default='{}', help='JSON of further fields of the config')
   args = parser.parse_args()
+  try:
+    cfg = configure(args.arg, json.loads(args.set))
+  except (ValueError, KeyError) as error:
+    parser.error(flags.one_line(error))
+  if not args.tokens.is_file():
+    parser.error(f'--tokens={args.tokens} is not there. experiments.balance.tokens makes it.')
   args.out.mkdir(parents=True, exist_ok=True)
-  cfg = configure(args.arg, json.loads(args.set))
   with jax.set_mesh(sh.make_mesh((1, 1, 1))):
     ramp = Ramp(cfg, args.tokens)
     # a run that is cut off leaves whole seeds of every method behind
