@@ -123,12 +123,12 @@ def over_steps(runs: Runs) -> Figure:
   loss.legend(loc='upper left', bbox_to_anchor=(1.01, 1))
   spikes = {m: np.mean([numbers(r)['grad_spikes'] for r in runs[m].values()]) for m in order}
   broke = {m: np.mean([numbers(r)['broke_at_lr'] for r in runs[m].values()]) for m in order}
-  first, last = min(broke, key=lambda m: broke[m]), max(broke, key=lambda m: broke[m])
-  most, least = max(spikes, key=lambda m: spikes[m]), min(spikes, key=lambda m: spikes[m])
+  rates = f'{min(broke.values()):.4f} to {max(broke.values()):.4f}'
+  others = [spikes[m] for m in order if m != BASELINE]
   finding = (
-    f'Gradients double first with {first}, at a learning rate of {broke[first]:.4f}, and last with '
-    f'{last}, at {broke[last]:.4f}; spikes of {spikes[least]:.0f} ({least}) to {spikes[most]:.0f} '
-    f'({most}) per 10k steps'
+    f'Gradients double at learning rates of {rates}, {broke[BASELINE]:.4f} with {BASELINE}; spikes '
+    f'per 10k steps: {spikes[BASELINE]:.0f} with {BASELINE}, {min(others):.0f} to '
+    f'{max(others):.0f} with the others'
   )
   return style.title(fig, finding)
 
