@@ -26,7 +26,8 @@ from moe_jax.ops.quantize import Quantized
 SPECS = [
   Spec(name='one_row', rows=128, d=128, f=128, sizes=(0, 1, 0)),
   Spec(name='uneven', rows=640, d=128, f=384, sizes=(70, 0, 130, 128)),
-  Spec(name='all_rows_to_one', rows=384, d=256, f=128, sizes=(0, 300, 0)),
+  # whole rounds, in which products and promotions overlap
+  Spec(name='all_rows_to_one', rows=384, d=1024, f=128, sizes=(0, 300, 0)),
   Spec(name='no_rows_at_all', rows=256, d=128, f=128, sizes=(0, 0)),
   # three rounds and a rest, of a tile that one warpgroup passes by
   Spec(name='more_blocks_than_rounds_in_flight', rows=384, d=1664, f=128, sizes=(200, 20)),

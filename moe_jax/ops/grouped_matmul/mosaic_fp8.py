@@ -87,14 +87,14 @@ def contract(
   promote: Callable[[Any, jax.Array, jax.Array, jax.Array | int], Any],
   *,
   overlap: bool,
-  unroll: bool | None = None,
+  unroll: bool = False,
 ) -> Any:
   """Multiplies all blocks of a tile: sums = promote(sums, product, slot and index of scales).
 
-  overlap: the next unit is multiplied during a promotion; needs registers for both.
-  unroll: a round, for which `overlap` is; it costs registers for the addresses of all slots.
+  overlap: the next unit is multiplied during a promotion; needs registers for both, and a number
+    of blocks that makes whole rounds.
+  unroll: a round, as `overlap` does; it costs registers for the addresses of all slots.
   """
-  unroll = overlap if unroll is None else unroll
   rows = pl.ds(lax.axis_index('warpgroup') * SLAB, SLAB)
 
   def finish(sums, slot, acc, scale_slot, in_flight):
@@ -130,11 +130,13 @@ def contract(
     plgpu.barrier_arrive(pipe.scales_empty.at[scale_slot])
     return sums
 
-  whole = lax.div(num_blocks, jnp.int32(ROUND)) if unroll else 0
-  if unroll:
+  whole = lax.div(num_blocks, jnp.int32(ROUND)) if overlap or unroll else 0
+  if overlap or unroll:
     sums = lax.fori_loop(0, whole, lambda r, sums: one_round(r, [*range(ROUND)], sums), sums)
-  last = lambda r, sums: one_round(r, lax.min(num_blocks - r * ROUND, ROUND), sums)
-  return lax.fori_loop(whole, num_rounds(num_blocks), last, sums)
+  if overlap:
+    return sums
+  rest = lambda r, sums: one_round(r, lax.min(num_blocks - r * ROUND, ROUND), sums)
+  return lax.fori_loop(whole, num_rounds(num_blocks), rest, sums)
 
 
 def pass_by(pipe: Pipe, done: Progress, num_blocks: jax.Array) -> None:

@@ -47,6 +47,8 @@ def rows_matmul(
   (num_rows, k), n = x_RK.shape, w_ENK.shape[1]
   blocks, columns = k // BLOCK, n // BLOCK
   launch = Launch(tile.pair, multiplying=tile.m // SLAB)
+  # unrolled rounds and a loop for the rest together spill registers
+  overlap = tile.m == 128 and blocks % ROUND == 0
 
   def kernel(x_g, sx_g, w_g, sw_g, tile_g, count_g, y_g, pipe, y_s):
     group = lax.axis_index('warpgroup')
@@ -86,7 +88,7 @@ def rows_matmul(
 
         @pl.when(mine)
         def _():
-          sums = mosaic_fp8.contract(pipe, done, todo, zeros(), promote, overlap=tile.m == 128)
+          sums = mosaic_fp8.contract(pipe, done, todo, zeros(), promote, overlap=overlap)
           store(sums, base, column, live, own)
 
         @pl.when(jnp.logical_not(mine))
