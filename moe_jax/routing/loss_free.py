@@ -48,8 +48,9 @@ class LossFree(Idea):
   def update_bias(
     self, bias_LE: Float[Array, 'L E'], state: State, seen: Seen
   ) -> Float[Array, 'L E']:
-    left = (1 - seen.progress) / max(1 - self.decay_from, 1e-9)
-    rate = self.rate * jnp.minimum(left, 1.0)
+    rate = self.rate
+    if self.decay_from < 1:
+      rate *= jnp.clip((1 - seen.progress) / (1 - self.decay_from), 0.0, 1.0)
     if self.rule == 'proportional':
       return bias_LE - rate * seen.excess_LE
     load_LE = seen.load_LE

@@ -192,12 +192,21 @@ def seen(load_LE, **sums) -> Seen:
   return Seen(jnp.asarray(load_LE, jnp.float32), sums, top_k=4)
 
 
-@pytest.mark.parametrize(('progress', 'share'), [(0.0, 1), (0.5, 1), (0.75, 0.5), (1.0, 0)])
+@pytest.mark.parametrize(
+  ('progress', 'share'), [(0.0, 1), (0.5, 1), (0.75, 0.5), (1.0, 0), (1.5, 0)]
+)
 def test_loss_free_rate_falls_to_zero_from_decay_from_on(progress, share):
   load_LE = jnp.array([[1.0, 2.0, 3.0]])
   idea = LossFree(rate=1e-2, decay_from=0.5)
   new_LE = idea.update_bias(jnp.zeros((1, 3)), {}, Seen(load_LE, {}, 1, progress))
   np.testing.assert_allclose(new_LE, [[1e-2 * share, 0, -1e-2 * share]], rtol=1e-5)
+
+
+@pytest.mark.parametrize('progress', [0.0, 1.0, 1.5])
+def test_loss_free_rate_is_constant_unless_asked(progress):
+  seen = Seen(jnp.array([[1.0, 2.0, 3.0]]), {}, 1, progress)
+  new_LE = LossFree(rate=1e-2).update_bias(jnp.zeros((1, 3)), {}, seen)
+  np.testing.assert_allclose(new_LE, [[1e-2, 0, -1e-2]], rtol=1e-6)
 
 
 def test_loss_free_step_equals_the_golden_step(golden):
