@@ -6,7 +6,6 @@ The second program returns the loss alone, so the compiler drops whatever only a
 two take turns step by step, on a batch of random ids, and their medians are compared.
 """
 
-import argparse
 import functools
 import statistics
 import time
@@ -18,6 +17,7 @@ import jax
 from experiments import flags
 from experiments.balance.turns import turn
 from experiments.bench.steps import batch_like_text
+from experiments.command import Parser
 from moe_jax import config_io
 from moe_jax import sharding as sh
 from moe_jax.config import RunConfig
@@ -44,7 +44,7 @@ def programs(cfg: RunConfig, batch: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(prog='python -m experiments.balance.metric_cost')
+  parser = Parser('experiments.balance.metric_cost', __doc__)
   parser.add_argument('--balance', default='loss_free')
   parser.add_argument('--arg', default='h100')
   parser.add_argument('--repeats', type=int, default=40)

@@ -1,4 +1,4 @@
-"""At what learning rate each balancing method breaks: the rate rises until the loss does.
+"""At what learning rate each balancing method breaks: the rate rises until its gradients do.
 
   python -m experiments.balance.ramp --tokens=tokens.xz --out=runs/ramp [--seeds=0,1,2]
   python -m moe_jax.analysis.ramp --runs=runs/ramp --out=docs/balance
@@ -31,7 +31,7 @@ from moe_jax.routing import Gate, Idea, Seen, Sizes, State
 from moe_jax.routing.expert_level import ExpertLevel
 from moe_jax.routing.loss_free import LossFree
 from moe_jax.train.state import TrainState, create
-from moe_jax.train.step import make_train_step
+from moe_jax.train.step import jit_train_step
 
 # L layers  E experts
 
@@ -46,8 +46,11 @@ METHODS: dict[str, dict[str, float]] = {
 STAIR = 1.15  # the learning rate of a stair over that of the one before
 STAIRS = 20  # it ends at 16 times its start
 FLAT = 0.3  # of the steps before the first stair
-KEPT = ('train/lm_loss', 'train/grad_norm', 'train/lr', 'guard/skipped')
-KEPT_MEANS = ('router/max_vio', 'router/dead_experts', 'router/grad_norm', 'router/bias_norm')
+# of every step: scalars, and means over layers
+KEPT = (
+  'train/lm_loss', 'train/grad_norm', 'train/lr', 'guard/skipped',
+  'router/max_vio', 'router/dead_experts', 'router/grad_norm', 'router/bias_norm',
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,7 @@ class Ramp:
     batch = lambda i: jax.device_put(rows.batch(i, cfg.data.batch_size), device)
     make, key = jax.jit(functools.partial(create, cfg)), jax.random.key(0)
     tell('lowering')
-    step: Any = jax.jit(make_train_step(cfg), donate_argnums=0)
+    step: Any = jit_train_step(cfg)
     lowered = step.lower(jax.eval_shape(make, key), batch(0)), make.lower(key)
     tell('compiling')
     with ThreadPoolExecutor() as pool:
@@ -110,9 +113,7 @@ class Ramp:
     begun_s, seen = time.monotonic(), []
     for batch in self._batches:
       state, metrics = self._step(state, batch)
-      seen.append(
-        {name: metrics[name] for name in KEPT} | {name: metrics[name] for name in KEPT_MEANS}
-      )
+      seen.append({name: metrics[name] for name in KEPT})
     host = jax.device_get(seen)
     record = {name: np.array([m[name].mean() for m in host], np.float32) for name in seen[0]}
     return record | {'seconds': np.array(time.monotonic() - begun_s)}

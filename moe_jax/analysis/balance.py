@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from moe_jax.analysis import style
+from moe_jax.analysis import method_runs, style
+from moe_jax.analysis.method_runs import Records, markdown, rounded
 from moe_jax.analysis.stability import stability
 
 # S seeds  B batches of validation text
@@ -27,16 +28,11 @@ COLOURS = (
   '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#6B6B6B', '#222222',
   '#AA4499', '#999933',
 )  # fmt: skip
-Records = dict[str, dict[int, dict[str, np.ndarray]]]  # by method, by seed
 
 
 def read(folder: Path, arg: str) -> Records:
   """Every run of one setting of the config; methods in the order of their MaxVio, worst first."""
-  found: Records = {}
-  for path in sorted(folder.glob(f'{arg}-*.npz')):
-    method, seed = path.stem.removeprefix(f'{arg}-').rsplit('-', 1)
-    with np.load(path) as file:
-      found.setdefault(method, {})[int(seed)] = dict(file)
+  found = method_runs.read(folder, f'{arg}-')
   uneven = {
     m: np.mean([numbers(r)['max_vio_global'] for r in by.values()]) for m, by in found.items()
   }
@@ -107,7 +103,7 @@ def table(records: Records, baseline: str) -> str:
     'method', 'validation loss', f'against {baseline} (95%)', 'MaxVio, batch', 'MaxVio, global',
     'MaxVio, validation', 'dead experts a layer', 'domain bits',
   )  # fmt: skip
-  rows = [head, ('---',) * len(head)]
+  rows = []
   for method, by_seed in records.items():
     found = [numbers(r) for r in by_seed.values()]
     column = lambda name, digits, f=found: _spread([x[name] for x in f], digits)
@@ -121,19 +117,19 @@ def table(records: Records, baseline: str) -> str:
       method, column('loss', 4), text, column('max_vio_batch', 3), column('max_vio_global', 3),
       column('max_vio_validation', 3), column('dead_experts', 1), column('domain_information', 3),
     ))  # fmt: skip
-  return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+  return markdown(head, rows)
 
 
 def stability_table(records: Records) -> str:
   head = ('method', 'loss spikes per 10k steps', 'gradient spikes per 10k steps',
           'steps not finite', 'training loss at the end')  # fmt: skip
-  rows = [head, ('---',) * len(head)]
+  rows = []
   for method, by_seed in records.items():
     found = [numbers(r) for r in by_seed.values()]
     column = lambda name, digits, f=found: _spread([x[name] for x in f], digits)
     rows.append((method, column('loss_spikes', 0), column('grad_spikes', 0),
                  column('not_finite', 0), column('training_loss', 3)))  # fmt: skip
-  return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+  return markdown(head, rows)
 
 
 def _legend(beside: Axes, of: Axes | None = None) -> None:
@@ -226,13 +222,7 @@ def main() -> None:
     )
   (args.out / 'tables.md').write_text('\n\n'.join(parts) + '\n')
   results: dict[str, Any] = {
-    name: {
-      method: {
-        seed: {k: round(float(v), 5) for k, v in numbers(r).items()} for seed, r in by.items()
-      }
-      for method, by in of.items()
-    }
-    for name, of in (('runs', records), ('stress', stress))
+    name: rounded(of, numbers) for name, of in (('runs', records), ('stress', stress))
   }
   (args.out / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
   drawn = {

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from moe_jax.analysis import style
+from moe_jax.analysis.method_runs import Records, markdown, read, rounded
 from moe_jax.analysis.stability import stability
 
 # N steps
@@ -23,16 +24,6 @@ MEDIAN = 15  # steps that a gradient norm is a median of
 FACTOR = 2.0  # times the gradient norm before the rate climbs: the run is broken
 BASELINE = 'none'
 COLOURS = ('#6B6B6B', '#0072B2', '#56B4E9', '#D55E00', '#E69F00', '#009E73')
-Runs = dict[str, dict[int, dict[str, np.ndarray]]]  # by method, by seed
-
-
-def read(folder: Path) -> Runs:
-  found: Runs = {}
-  for path in sorted(folder.glob('*.npz')):
-    method, seed = path.stem.rsplit('-', 1)
-    with np.load(path) as file:
-      found.setdefault(method, {})[int(seed)] = dict(file)
-  return found
 
 
 def smooth(value_N: np.ndarray) -> np.ndarray:
@@ -74,14 +65,14 @@ def numbers(record: dict[str, np.ndarray]) -> dict[str, float]:
   }
 
 
-def table(runs: Runs) -> str:
+def table(runs: Records) -> str:
   """Markdown: a row for each method, mean and deviation over its seeds."""
   head = (
     'method', 'seeds', 'gradients double at a rate of', f'against {BASELINE}, seed by seed',
     'gradient spikes per 10k steps', 'loss spikes per 10k steps', 'steps not finite',
     'largest gradient norm', f'loss of the second half against {BASELINE}',
   )  # fmt: skip
-  rows = [head, ('---',) * len(head)]
+  rows = []
   of = {m: {seed: numbers(r) for seed, r in by_seed.items()} for m, by_seed in runs.items()}
   for method, found in of.items():
     base = {} if method == BASELINE else of.get(BASELINE, {})
@@ -95,7 +86,7 @@ def table(runs: Runs) -> str:
       column('loss_spikes', '.0f'), column('not_finite', '.0f'), column('largest_grad', '.0f'),
       _spread(worse, '+.3f') if worse else '',
     ))  # fmt: skip
-  return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+  return markdown(head, rows)
 
 
 def _spread(values: Sequence[float], form: str) -> str:
@@ -103,7 +94,7 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 
 @style.styled
-def over_steps(runs: Runs) -> Figure:
+def over_steps(runs: Records) -> Figure:
   """Loss and gradient norm while the rate climbs: mean and largest over the seeds of a method."""
   fig, (loss, grad) = style.panels(5.6, rows=2, share=False)
   order = [BASELINE, *sorted(set(runs) - {BASELINE})]
@@ -140,14 +131,8 @@ def main() -> None:
   args = parser.parse_args()
   args.out.mkdir(parents=True, exist_ok=True)
   runs = read(args.runs)
-  results = {
-    method: {
-      seed: {name: round(float(v), 5) for name, v in numbers(record).items()}
-      for seed, record in by_seed.items()
-    }
-    for method, by_seed in runs.items()
-  }
-  (args.out / 'ramp.json').write_text(json.dumps(results, indent=1) + '\n')
+  results = json.dumps(rounded(runs, numbers), indent=1)
+  (args.out / 'ramp.json').write_text(results + '\n')
   over_steps(runs).savefig(args.out / 'ramp.png')
   print(table(runs))
 

@@ -172,6 +172,13 @@ def write_decoder(cfg: ModelConfig, *, heads: int) -> dict[str, Any]:
     'num_attention_heads': heads,
     'num_key_value_heads': heads,
     'max_position_embeddings': longest,
+    **write_common(cfg),
+  }
+
+
+def write_common(cfg: ModelConfig) -> dict[str, Any]:
+  """What V4's config.json says in the same words."""
+  return {
     'hidden_act': 'silu',
     'attention_bias': False,
     'tie_word_embeddings': False,

@@ -5,7 +5,7 @@ from typing import Any
 from moe_jax.config import CompressedConfig, MHCConfig, ModelConfig, MoEConfig, RopeConfig
 from moe_jax.interop import ahead
 from moe_jax.interop.fields import Fields
-from moe_jax.interop.moe_16b import read_experts
+from moe_jax.interop.moe_16b import read_experts, write_common
 
 _TYPES = {
   'sliding': 'sliding_attention',
@@ -185,12 +185,7 @@ def write_config(cfg: ModelConfig) -> dict[str, Any]:
     'rope_scaling': scaling if c.rope.yarn_factor > 1 else None,
     'max_position_embeddings': round(c.rope.yarn_factor * c.rope.yarn_original_length),
     'num_nextn_predict_layers': cfg.mtp.num_modules,
-    'hidden_act': 'silu',
-    'attention_bias': False,
-    'tie_word_embeddings': False,
-    'rms_norm_eps': cfg.norm_eps,
-    'initializer_range': cfg.init_std,
-    'use_cache': True,
+    **write_common(cfg),
   }
 
 

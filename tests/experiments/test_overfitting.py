@@ -10,7 +10,7 @@ import pytest
 from moe_jax import config_io
 from moe_jax import sharding as sh
 from moe_jax.train.state import create
-from moe_jax.train.step import make_train_step
+from moe_jax.train.step import jit_train_step
 
 # the mesh of eight devices, experts split in each, and the steps that take the loss below a tenth
 RUNS = {
@@ -42,7 +42,7 @@ def losses(name: str, shape: tuple[int, int, int], steps: int) -> np.ndarray:
     }
     state = jax.jit(functools.partial(create, cfg))(jax.random.key(0))
     tables = _hash_tables(state.router)
-    step = jax.jit(make_train_step(cfg), donate_argnums=0)
+    step = jit_train_step(cfg)
     seen = []
     for _ in range(steps):
       state, metrics = step(state, batch)

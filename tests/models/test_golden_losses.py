@@ -23,7 +23,7 @@ from moe_jax import config_io
 from moe_jax import sharding as sh
 from moe_jax.data.pipeline import RowSource, batches
 from moe_jax.train.state import create
-from moe_jax.train.step import make_train_step
+from moe_jax.train.step import jit_train_step
 
 FILE = pathlib.Path(__file__).parents[1] / 'golden' / 'losses.json'
 TINY = pathlib.Path(__file__).parents[1] / 'run' / 'tiny.py'
@@ -52,7 +52,7 @@ def losses(name: str, cache_dir: str) -> list[float]:
   mesh = sh.make_mesh((1, 1, 1))
   with jax.set_mesh(mesh):
     state = jax.jit(functools.partial(create, cfg))(jax.random.key(cfg.seed))
-    step = jax.jit(make_train_step(cfg), donate_argnums=0)
+    step = jit_train_step(cfg)
     source = RowSource(cfg.data, seed=cfg.seed, split='train')
     stream = batches(
       source, batch_size=cfg.data.batch_size, sharding=sh.batch_sharding(mesh), start=0

@@ -8,23 +8,15 @@ import pytest
 from moe_jax.ops import moba
 from moe_jax.ops.blocks import Span
 from moe_jax.ops.moba import sorted as by_block
+from tests.ops.documents import together
 
 # G key-value heads  M query heads of each  C width
 G, M, C, SCALE = 2, 2, 16, 0.25
 
 
-def places(documents, S):
-  position_BS, segment_BS = np.zeros((2, len(documents), S), np.int32)
-  for b, lengths in enumerate(documents):
-    T = sum(lengths)
-    position_BS[b, :T] = np.concatenate([np.arange(n) for n in lengths])
-    segment_BS[b, :T] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-  return jnp.asarray(position_BS), jnp.asarray(segment_BS)
-
-
 def compare(documents, *, block, top_k):
   B, S = len(documents), max(map(sum, documents))
-  position_BS, segment_BS = places(documents, S)
+  position_BS, segment_BS = together(documents, S)
   keys = jax.random.split(jax.random.key(0), 4)
   shapes = (B, S, G, M, C), (B, S, G, C), (B, S, G, C), (B, S, G, M, C)
   q, k, v, do = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))

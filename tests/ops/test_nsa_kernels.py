@@ -12,24 +12,16 @@ from moe_jax.ops.attention.grouped import grouped_probabilities, weighted_values
 from moe_jax.ops.blocks import Span
 from moe_jax.ops.nsa import fused, runs, triton_runs
 from moe_jax.ops.nsa.triton_choice import top_blocks
+from tests.ops.documents import together
 
 # G key-value heads  M query heads of each  C width
 G, M, C, SCALE = 2, 4, 16, 0.25
 SIZES = nsa.Sizes(compress_length=4, stride=2, select_length=4, top_blocks=4, window=6)
 
 
-def places(documents, S):
-  position_BS, segment_BS = np.zeros((2, len(documents), S), np.int32)
-  for b, lengths in enumerate(documents):
-    T = sum(lengths)
-    position_BS[b, :T] = np.concatenate([np.arange(n) for n in lengths])
-    segment_BS[b, :T] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-  return jnp.asarray(position_BS), jnp.asarray(segment_BS)
-
-
 def compare(documents, dtype, tolerance):
   B, S = len(documents), max(map(sum, documents))
-  position_BS, segment_BS = places(documents, S)
+  position_BS, segment_BS = together(documents, S)
   keys = jax.random.split(jax.random.key(0), 9)
   draw = lambda i, *shape: jax.random.normal(keys[i], shape).astype(dtype)
   q, do = draw(0, B, S, G, M, C), draw(1, B, S, G, M, C)
@@ -121,7 +113,7 @@ DENSE = [
 @pytest.mark.parametrize(('documents', 'heads'), DENSE)
 def test_gradients_of_runs_by_the_dense_kernels_are_those_of_the_masks(documents, heads, capfd):
   B, S, width = len(documents), max(map(sum, documents)) + 2, 64
-  first_BS, count_BS = fused.blocks_seen(*places(documents, S), SIZES)
+  first_BS, count_BS = fused.blocks_seen(*together(documents, S), SIZES)
   N = -(-S // SIZES.stride)
   behind_BSN = jnp.arange(N) - first_BS[..., None]
   seen = ((behind_BSN >= 0) & (behind_BSN < count_BS[..., None]))[:, None, None]

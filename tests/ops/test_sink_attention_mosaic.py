@@ -21,6 +21,7 @@ from moe_jax.ops.sink_attention import (
   visible,
   window_visible,
 )
+from tests.ops.documents import together
 
 # H heads  C width, narrow to be quick: the kernels' own is 512
 H, C, SCALE = 64, 64, 64**-0.5
@@ -39,16 +40,6 @@ def interpreter():
 def no_races(capfd):
   yield
   assert 'RACE DETECTED' not in ''.join(capfd.readouterr())
-
-
-def together(documents, S):
-  """Positions and segments of rows of documents end to end, padding behind them."""
-  position_BS, segment_BS = np.zeros((2, len(documents), S), np.int32)
-  for b, lengths in enumerate(documents):
-    T = sum(lengths)
-    position_BS[b, :T] = np.concatenate([np.arange(n) for n in lengths])
-    segment_BS[b, :T] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-  return jnp.asarray(position_BS), jnp.asarray(segment_BS)
 
 
 def operands(S, N, B):

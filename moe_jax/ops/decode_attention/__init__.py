@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax.ops import backends
 from moe_jax.ops.attention import latent_attention
 from moe_jax.ops.decode_attention.compressed import compressed_decode_attention
-from moe_jax.ops.decode_attention.parts import BLOCK, consecutive, join, num_parts
+from moe_jax.ops.decode_attention.parts import consecutive, join, listed, num_parts
 from moe_jax.ops.sparse_mla import mosaic
 from moe_jax.ops.sparse_mla import sparse_mla as attend
 from moe_jax.ops.sparse_mla.mosaic_forward import Keys
@@ -81,11 +81,9 @@ def sparse_decode_attention(
     o_NHV, _ = attend(q, q_rope, latent, rope, index_NK, count_N, scale=scale, implementation='xla')
     return o_NHV.reshape(B, S, H, V)
   parts = num_parts(B * S, H, K)
-  share = -(-K // (parts * BLOCK)) * BLOCK
-  index_NK = jnp.where(jnp.arange(K) < count_N[:, None], index_NK, 0)
-  index_NK = jnp.pad(index_NK, ((0, 0), (0, parts * share - K)))
-  count_NP = jnp.clip(count_N[:, None] - jnp.arange(parts) * share, 0, share)
-  keys = Keys(latent, rope, index_NK.reshape(-1, share), count_NP.reshape(-1).astype(jnp.int32))
+  index_NL, count_NP = listed(index_NK, count_N, parts)
+  index_XL = index_NL.reshape(B * S * parts, -1)
+  keys = Keys(latent, rope, index_XL, count_NP.reshape(-1).astype(jnp.int32))
   o, lse = mosaic.forward(q, q_rope, keys, scale=scale, splits=parts)
   return join(o, lse, parts).reshape(B, S, H, V)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.ops import backends
-from moe_jax.ops.decode_attention.parts import BLOCK, consecutive, num_parts
+from moe_jax.ops.decode_attention.parts import consecutive, listed, num_parts
 from moe_jax.ops.sink_attention import Spans, mosaic, sink_attention, visible
 from moe_jax.ops.sink_attention.mosaic_forward import LOG2E, forward
 
@@ -84,13 +84,10 @@ def compressed_decode_attention(
     else:
       K = index_BSK.shape[-1]
       parts = num_parts(B * S, H, K)
-      share = -(-K // (parts * BLOCK)) * BLOCK
-      index_QK = jnp.where(jnp.arange(K) < count_Q1, index_BSK.reshape(B * S, K), 0)
-      index_QK = jnp.pad(index_QK, ((0, 0), (0, parts * share - K)))
-      left_QP = jnp.minimum(count_Q1, K) - jnp.arange(parts) * share
+      count_Q = jnp.minimum(count_Q1[:, 0], K)
+      index, count_QP = listed(index_BSK.reshape(B * S, K), count_Q, parts)
       first_QP = jnp.broadcast_to(row_first_Q1, (B * S, parts))
-      run = first_QP, jnp.clip(left_QP, 0, share)
-      results.append(attend(row_RC, *run, index_QK.astype(jnp.int32).reshape(-1)))
+      results.append(attend(row_RC, first_QP, count_QP, index.astype(jnp.int32).reshape(-1)))
   o_QPHC, lse_QPH = (jnp.concatenate(a, axis=1) for a in zip(*results, strict=True))
   sink_QPH = jnp.broadcast_to(sink_H.astype(jnp.float32) * LOG2E, (B * S, 1, H))
   weight_QPH = jax.nn.softmax(jnp.concatenate([lse_QPH, sink_QPH], axis=1) / LOG2E, axis=1)[:, :-1]

@@ -1,6 +1,7 @@
 """Few queries over a long cache are cut into parts, so that there is a block for every SM."""
 
 # N queries  P parts of a query's keys  H heads  V value width
+# K listed keys of a query  L places of a part
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,19 @@ def consecutive(first_N: jax.Array, count_N: jax.Array, parts: int) -> tuple[jax
   count_NP = jnp.clip(count_N[:, None] - begin_NP, 0, share_N1)
   row_NP = first_N[:, None] + jnp.where(count_NP > 0, begin_NP, 0)
   return row_NP.reshape(-1).astype(jnp.int32), count_NP.reshape(-1).astype(jnp.int32)
+
+
+def listed(index_NK: jax.Array, count_N: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
+  """The first count of K listed keys, cut: keys [N, P*L] with zeros behind, and counts [N, P].
+
+  Args:
+    count_N: at most K.
+  """
+  K = index_NK.shape[1]
+  share = -(-K // (parts * BLOCK)) * BLOCK
+  index_NK = jnp.where(jnp.arange(K) < count_N[:, None], index_NK, 0)
+  index_NL = jnp.pad(index_NK, ((0, 0), (0, parts * share - K)))
+  return index_NL, jnp.clip(count_N[:, None] - jnp.arange(parts) * share, 0, share)
 
 
 def join(o: jax.Array, lse: jax.Array, parts: int) -> jax.Array:

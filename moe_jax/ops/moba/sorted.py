@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moe_jax.ops import pallas_triton
 from moe_jax.ops.attention import attention_and_lse
 from moe_jax.ops.nsa import runs
 
@@ -31,10 +30,8 @@ _NONE = -1e30
 def unsupported(q_BSGMC: jax.Array, v_width: int, block: int) -> str | None:
   """Why these kernels cannot run here, in one line, or None if they can."""
   S, C = q_BSGMC.shape[1], q_BSGMC.shape[-1]
-  if problem := pallas_triton.unavailable():
+  if problem := runs.unsupported(C, v_width):
     return problem
-  if v_width != C or C not in (16, 32, 64, 128):
-    return f'needs keys and values of one width, 16, 32, 64 or 128, got {C} and {v_width}'
   if q_BSGMC.dtype != jnp.bfloat16:
     return f'needs bfloat16, got {q_BSGMC.dtype}'
   if block >= S:

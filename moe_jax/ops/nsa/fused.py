@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax.ops import pallas_triton
 from moe_jax.ops.attention import attention as dense
 from moe_jax.ops.nsa import runs, triton_blocks, triton_runs
 from moe_jax.ops.nsa.reference import KeyValue, Sizes
@@ -30,10 +29,8 @@ def unsupported(q_BSGMC: jax.Array, v_width: int, sizes: Sizes) -> str | None:
   """Why these kernels cannot run here, in one line, or None if they can."""
   M, C = q_BSGMC.shape[3:]
   power = lambda n: n & (n - 1) == 0
-  if problem := pallas_triton.unavailable():
+  if problem := runs.unsupported(C, v_width):
     return problem
-  if v_width != C or not power(C) or not 16 <= C <= 128:
-    return f'needs keys and values of one width, 16, 32, 64 or 128, got {C} and {v_width}'
   if not power(M) or M > triton_runs.ROWS:
     return f'needs 1, 2, 4, .. {triton_runs.ROWS} query heads a group, got {M}'
   if not sizes.compress_length <= sizes.select_length <= triton_runs.KEYS:

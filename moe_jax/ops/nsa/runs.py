@@ -15,9 +15,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax.ops import pallas_triton
 from moe_jax.ops.attention import mosaic, mosaic_key_grads, mosaic_query_grads
 from moe_jax.ops.attention.mosaic_common import ROWS
 from moe_jax.ops.nsa import triton_runs
+
+
+def unsupported(width: int, v_width: int) -> str | None:
+  """Why these kernels cannot run here for heads of this width, in one line, or None."""
+  if problem := pallas_triton.unavailable():
+    return problem
+  if v_width != width or width not in (16, 32, 64, 128):
+    return f'needs keys and values of one width, 16, 32, 64 or 128, got {width} and {v_width}'
+  return None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
