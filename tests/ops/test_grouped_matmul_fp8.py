@@ -31,12 +31,16 @@ SPECS = [
   Spec(name='no_rows_at_all', rows=256, d=128, f=128, sizes=(0, 0)),
   # three rounds and a rest, of a tile that one warpgroup passes by
   Spec(name='more_blocks_than_rounds_in_flight', rows=384, d=1664, f=128, sizes=(200, 20)),
+  # 11 blocks: the last round is filled up with one of zeros
+  Spec(name='rounds_filled_up', rows=256, d=1408, f=128, sizes=(70, 1)),
   Spec(name='rows_past_the_end', rows=512, d=128, f=128, sizes=(5, 100)),
 ]
 # two kernels take several seconds in the interpreter
 SOME = [pytest.param(s, marks=pytest.mark.slow) for s in SPECS]
 # sums in float32, in another order
 BOUND = 1e-6
+# the tensor cores keep about 14 bits of a sum
+GPU_BOUND = 1e-3
 
 
 @pytest.fixture
@@ -75,18 +79,18 @@ def operands(spec) -> Any:
   return forward, backward, jnp.array(spec.sizes, jnp.int32), jnp.asarray(starts)
 
 
-def assert_close(got, want):
+def assert_close(got, want, bound=BOUND):
   got, want = np.asarray(got), np.asarray(want)
-  assert np.linalg.norm(got - want) <= BOUND * np.linalg.norm(want)
+  assert np.linalg.norm(got - want) <= bound * np.linalg.norm(want)
 
 
-def check(spec, implementation):
+def check(spec, implementation, bound=BOUND):
   forward, backward, sizes_E, offsets_E = operands(spec)
   how: Any = dict(dtype=jnp.float32, implementation=implementation)
   want = jax.jit(reference.forward_fp8)(*forward, offsets_E, sizes_E)
-  assert_close(jax.jit(partial(grouped_matmul_fp8, **how))(*forward, sizes_E), want)
+  assert_close(jax.jit(partial(grouped_matmul_fp8, **how))(*forward, sizes_E), want, bound)
   want = jax.jit(reference.weight_grad_fp8)(*backward, offsets_E, sizes_E)
-  assert_close(jax.jit(partial(weight_grad_fp8, **how))(*backward, sizes_E), want)
+  assert_close(jax.jit(partial(weight_grad_fp8, **how))(*backward, sizes_E), want, bound)
 
 
 @pytest.mark.parametrize('spec', SPECS, ids=str)
@@ -97,6 +101,14 @@ def test_xla_matches_reference(spec):
 @pytest.mark.parametrize('spec', SOME, ids=str)
 def test_kernels_match_reference(interpreter, spec):
   check(spec, 'mosaic')
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not mosaic_gpu.on_hopper(), reason='needs a Hopper GPU')
+@pytest.mark.parametrize('spec', SPECS, ids=str)
+def test_kernels_match_reference_on_a_gpu(spec):
+  check(spec, 'mosaic', GPU_BOUND)
 
 
 @pytest.mark.slow
