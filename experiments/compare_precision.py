@@ -1,21 +1,27 @@
 """The same model on the same data under every precision policy: what FP8 costs in loss.
 
   python -m experiments.compare_precision --config=FILE:ARG --workdir=FOLDER [--only=fp8_block]
+      [--tokens=tokens.xz] [--turns=FILE]
 
 Each run starts from the same parameters and sees the same batches; its losses go to
 FOLDER/NAME.json, and a run that is whole there is not repeated. `twin` is bfloat16 once more with
 gradients rounded differently: what it is off by is the noise that any change of rounding makes. The
 figure and FOLDER/summary.json have every run's loss relative to bfloat16's, over windows of steps,
 and over the last quarter, DeepSeek-V3's measure of FP8 (below 0.25%; arXiv:2412.19437, B.1).
+
+With --tokens the text is that of `experiments.balance.tokens`. Processes with an --only each and
+the same --turns compile at once and train one after another.
 """
 
+import contextlib
 import copy
 import functools
+import itertools
 import json
 import operator
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,6 +29,8 @@ import numpy as np
 from absl import flags as absl_flags
 
 from experiments import flags
+from experiments.balance.tokens import Rows
+from experiments.balance.turns import turn
 from experiments.command import Parser, one_of
 from moe_jax import config_io
 from moe_jax import sharding as sh
@@ -56,29 +64,48 @@ def with_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> dict[st
   return values
 
 
-def train(cfg: RunConfig, name: str, save: Callable[[list[float]], Any]) -> None:
+@contextlib.contextmanager
+def text(cfg: RunConfig, tokens: pathlib.Path | None) -> Iterator[Iterator[dict[str, jax.Array]]]:
+  """The run's batches on the current mesh, in order."""
+  sharding = sh.batch_sharding(jax.sharding.get_mesh())
+  if tokens:
+    rows = Rows(tokens, 'train', length=cfg.data.sequence_length)
+    of_step = functools.partial(rows.batch, size=cfg.data.batch_size)
+    yield (jax.device_put(of_step(i), sharding) for i in itertools.count())
+    return
+  source = RowSource(cfg.data, seed=cfg.seed, split='train')
+  stream = batches(source, batch_size=cfg.data.batch_size, sharding=sharding, start=0)
+  try:
+    yield (batch for _, batch in stream)
+  finally:
+    stream.close()
+
+
+def train(
+  cfg: RunConfig,
+  name: str,
+  save: Callable[[list[float]], Any],
+  *,
+  tokens: pathlib.Path | None = None,
+  turns: pathlib.Path | None = None,
+) -> None:
   """Hands the losses so far to `save`, now and then and at the end."""
   mesh = sh.make_mesh(cfg.check_mesh(jax.device_count()))
-  with jax.set_mesh(mesh):
-    state = jax.jit(functools.partial(create, cfg))(jax.random.key(cfg.seed))
-    step = jit_train_step(cfg)
-    source = RowSource(cfg.data, seed=cfg.seed, split='train')
-    stream = batches(
-      source, batch_size=cfg.data.batch_size, sharding=sh.batch_sharding(mesh), start=0
-    )
+  with jax.set_mesh(mesh), text(cfg, tokens) as stream:
+    make = jax.jit(functools.partial(create, cfg))
+    key, first = jax.random.key(cfg.seed), next(stream)
+    step = jit_train_step(cfg).lower(jax.eval_shape(make, key), first).compile()
+    print(f'{name}: compiled', flush=True)
     losses: list[Any] = []
-    try:
-      for i, batch in stream:
-        if i == cfg.steps:
-          break
+    with turn(turns):
+      state = make(key)
+      for i, batch in zip(range(cfg.steps), itertools.chain([first], stream), strict=False):
         state, metrics = step(state, batch)
         losses.append(metrics['train/lm_loss'])
         if (i + 1) % _REPORTED_EVERY == 0 or i + 1 == cfg.steps:
           losses = [float(loss) for loss in losses]
           save(losses)
           print(f'{name}: step {i + 1}/{cfg.steps}, loss {losses[-1]:.4f}', flush=True)
-    finally:
-      stream.close()
 
 
 def _losses(path: pathlib.Path) -> np.ndarray:
@@ -90,6 +117,8 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--workdir', type=pathlib.Path, required=True, help='folder of results')
   about = f'one of {", ".join(RUNS)}; all without it'
   parser.add_argument('--only', type=one_of(RUNS), default='', help=about)
+  parser.add_argument('--tokens', type=pathlib.Path, help='of experiments.balance.tokens')
+  parser.add_argument('--turns', type=pathlib.Path, help='a lock file, held while a run trains')
   args, rest = parser.parse_known_args(argv[1:])
   values = absl_flags.FlagValues()
   try:
@@ -105,7 +134,7 @@ def main(argv: list[str]) -> int:
       def save(losses: list[float], path: pathlib.Path = path, overrides: Any = overrides) -> None:
         path.write_text(json.dumps({'overrides': overrides, 'loss': losses}))
 
-      train(cfg, name, save)
+      train(cfg, name, save, tokens=args.tokens, turns=args.turns)
   except ValueError as error:
     print(f'error: {flags.one_line(error)}', file=sys.stderr)
     return 2
