@@ -10,6 +10,9 @@ Not in the tables: master weights are float32 under every policy; AdamW's moment
 """
 
 import dataclasses
+import functools
+import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +20,7 @@ import jax.numpy as jnp
 
 from moe_jax.config import PrecisionOverrides, RunConfig
 from moe_jax.ops.grouped_matmul.mosaic_gpu import on_hopper
+from moe_jax.ops.linear import quantize_weights
 from moe_jax.ops.recipe import FP8, Product, Recipe
 
 
@@ -118,6 +122,10 @@ class Policy:
     return weight.astype(self.activations)
 
   @property
+  def is_fp8(self) -> bool:
+    return self.linear.is_fp8 or self.experts.is_fp8
+
+  @property
   def plain(self) -> bool:
     """Whether dense products are XLA's, of operands in the activations' dtype."""
     same = Product(self.activations.name, self.activations.name)
@@ -158,8 +166,7 @@ def check_device(cfg: RunConfig) -> None:
     ValueError: in one line, with what to do.
   """
   device = jax.devices()[0]
-  fp8 = policy_of(cfg).linear.is_fp8 or policy_of(cfg).experts.is_fp8
-  if fp8 and device.platform == 'gpu' and not on_hopper():
+  if policy_of(cfg).is_fp8 and device.platform == 'gpu' and not on_hopper():
     raise ValueError(
       f'precision={cfg.precision!r} needs a Hopper GPU (compute capability 9.0), this is '
       f"{device.device_kind}. Use precision='bfloat16', or a CPU, which simulates FP8."
@@ -180,6 +187,39 @@ def compute_copy(policy: Policy, params: Any) -> Any:
     return leaf if path[-1].key in _HIGH else policy.cast(leaf)
 
   return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def quantized_copy(policy: Policy, params: Any) -> Any:
+  """Collection `fp8`: `ops.linear.Weights` of each matrix that FP8 products may read.
+
+  They are the bits that quantising what `compute_copy` holds would give, made once a step from the
+  master weights. Blocks of 128 x 128 need not fit the shares of devices, so on meshes of several
+  there is none, and products quantise what they gathered.
+  """
+  via = policy.activations if policy.gradients == policy.activations else None
+  if not policy.is_fp8 or jax.sharding.get_abstract_mesh().size > 1:
+    return {}
+  found: dict[str, Any] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    *folders, name = (key.key for key in path)
+    dims = re.findall('[A-Z0-9]', name.rpartition('_')[2])
+    if name in _HIGH or name == 'head_DV' or len(dims) < 2:
+      continue
+    recipe = policy.experts if dims[0] == 'E' else policy.linear
+    place = functools.reduce(lambda at, key: at.setdefault(key, {}), folders, found)
+    place[name] = quantize_weights(_as_matrix(leaf, dims), recipe, via=via)
+  return {'fp8': found}
+
+
+def _as_matrix(leaf: jax.Array, dims: list[str]) -> jax.Array:
+  """[..., K, N] of a parameter whose own dimensions are `dims`, behind those of a scan."""
+  experts = dims[0] == 'E'
+  lead = leaf.ndim - len(dims) + experts
+  # heads, or groups, with their channels are contracted together where they come first
+  contracted = len(dims) - 1 if dims[-1] == 'D' and not experts else 1
+  rows = math.prod(leaf.shape[lead : lead + contracted])
+  whole = jax.sharding.reshard(leaf, jax.P(*(None,) * leaf.ndim))
+  return whole.reshape(*leaf.shape[:lead], rows, -1)
 
 
 def _override(kind: str, line: Line, words: list[str]) -> Line:

@@ -8,8 +8,9 @@ import pytest
 from moe_jax import sharding as sh
 from moe_jax.config import PrecisionOverrides
 from moe_jax.models.decoder import Decoder
-from moe_jax.models.layers import matmul
-from moe_jax.precision import compute_copy, policy, table
+from moe_jax.models.layers import Matrix, matmul
+from moe_jax.ops.linear import Weights
+from moe_jax.precision import compute_copy, policy, quantized_copy, table
 from tests.models import tiny_v4
 from tests.models.kinds import KINDS, initial, tiny, where_of
 from tests.models.test_decoder import V3, B, S, make_tokens, make_where, variables
@@ -117,3 +118,31 @@ def test_equations_that_are_no_product_of_matrices_stay_as_they_are():
   w = jax.sharding.reshard(jnp.ones((64, 2, 32)), sh.HEADS_DHC)
   y = matmul('bshn,rhn->bshr', x, w, sh.HEADS_DHC, policy=policy('fp8_block'))
   np.testing.assert_array_equal(y.astype(jnp.float32), 32)
+
+
+@pytest.mark.parametrize('name', ['fp8_block', 'fp8_tensor'])
+def test_weights_quantised_once_are_those_that_products_would_make(name):
+  FP8 = policy(name)
+  keys = jax.random.split(jax.random.key(0), 3)
+  x = jax.random.normal(keys[0], (1, 8, 2, 128), jnp.bfloat16)
+  params = {'out_HCD': jax.random.normal(keys[1], (3, 2, 128, 192))}
+  dy = jax.random.normal(keys[2], (1, 8, 192), jnp.bfloat16)
+  ready = quantized_copy(FP8, params)['fp8']['out_HCD']
+
+  def product(x, w, ready):
+    return matmul('bshc,hcd->bsd', x, Matrix(w, ready), jax.P(), policy=FP8)
+
+  def both(ready):
+    y, backward = jax.vjp(lambda x, w: product(x, w, ready), x, params['out_HCD'][1])
+    return y, *backward(dy)
+
+  exact = {'xla_allow_excess_precision': False}
+  one = jax.tree.map(lambda a: a[1], ready)
+  found, expected = (jax.jit(both, compiler_options=exact)(r) for r in (one, Weights(None, None)))
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_array_equal(a.astype(jnp.float32), b.astype(jnp.float32))
+
+
+def test_a_mesh_of_several_devices_has_no_weights_quantised_once():
+  with jax.set_mesh(sh.make_mesh((2, 2, 2))):
+    assert not quantized_copy(policy('fp8_block'), {})

@@ -118,7 +118,7 @@ class Decoder(nn.Module):
         pattern = nn.remat(Pattern, prevent_cse=False, policy=_remat_policy(c, self.policy))
       group = nn.scan(
         pattern,
-        variable_axes={'params': 0, 'router': 0, 'ideas': 0, 'counts': 0, 'probes': 0},
+        variable_axes={'params': 0, 'router': 0, 'ideas': 0, 'counts': 0, 'probes': 0, 'fp8': 0},
         split_rngs={'params': True},
         in_axes=cast(Any, (0, nn.broadcast)),
         length=repeats,

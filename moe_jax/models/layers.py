@@ -1,6 +1,7 @@
 """Parameter declarations and the small layers: norm, linear maps, dense feed-forward."""
 
 import math
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,7 @@ from jax import P
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import sharding as sh
-from moe_jax.ops.linear import linear
+from moe_jax.ops.linear import Weights, linear
 from moe_jax.ops.norm import layer_norm, rms_norm
 from moe_jax.ops.recipe import Recipe
 from moe_jax.ops.swiglu import swiglu
@@ -27,8 +28,29 @@ def weight(
   return module.param(name, lambda key: init(key, shape, jnp.float32, spec))
 
 
+class Matrix(NamedTuple):
+  """A stored matrix, and what FP8 products read of it where a step has quantised it beforehand."""
+
+  value: jax.Array
+  ready: Weights = Weights(None, None)
+
+
+def matrix(module: nn.Module, name: str, shape: tuple[int, ...], spec: P, *, std: float) -> Matrix:
+  """`weight` that products multiply with; collection `fp8` of `precision.quantized_copy`."""
+  value = weight(module, name, shape, spec, std=std)
+  if not module.has_variable('fp8', name):
+    return Matrix(value)
+  return Matrix(value, cast(Weights, module.get_variable('fp8', name)))
+
+
 def matmul(
-  equation: str, x: jax.Array, w: jax.Array, spec: P, *, policy: Policy, out: P | None = None
+  equation: str,
+  x: jax.Array,
+  w: jax.Array | Matrix,
+  spec: P,
+  *,
+  policy: Policy,
+  out: P | None = None,
 ) -> jax.Array:
   """einsum of activations with a stored weight, whose FSDP share is gathered for use.
 
@@ -40,13 +62,14 @@ def matmul(
     out: the result's spec, where a contraction over a split dimension makes it ambiguous.
   """
   dims = _matrix_dims(equation)
+  value, ready = w if isinstance(w, Matrix) else Matrix(w)
   if policy.plain or dims is None:
-    w = jax.sharding.reshard(policy.cast(w), sh.gathered(spec))
-    return jnp.einsum(equation, x, w, out_sharding=out)
+    value = jax.sharding.reshard(policy.cast(value), sh.gathered(spec))
+    return jnp.einsum(equation, x, value, out_sharding=out)
   if policy.gradients == policy.activations:
-    w = policy.cast(w)
-  w = jax.sharding.reshard(w, sh.gathered(spec))
-  return _by_recipe(x, w, policy.linear, *dims)
+    value = policy.cast(value)
+  value = jax.sharding.reshard(value, sh.gathered(spec))
+  return _by_recipe(x, value, ready, policy.linear, *dims)
 
 
 def _matrix_dims(equation: str) -> tuple[int, int] | None:
@@ -58,21 +81,25 @@ def _matrix_dims(equation: str) -> tuple[int, int] | None:
   return (lead, contracted) if plain else None
 
 
-def _by_recipe(x: jax.Array, w: jax.Array, recipe: Recipe, lead: int, contracted: int) -> jax.Array:
+def _by_recipe(
+  x: jax.Array, w: jax.Array, ready: Weights, recipe: Recipe, lead: int, contracted: int
+) -> jax.Array:
   """x w on each device's rows and its share of w; partial sums of a split contraction are added."""
   x_spec, w_spec = ((*_spec(a), *(None,) * a.ndim)[: a.ndim] for a in (x, w))
   split = [axis for axis in w_spec[:contracted] if axis is not None]
 
-  def on_device(x: jax.Array, w: jax.Array) -> jax.Array:
+  def on_device(x: jax.Array, w: jax.Array, ready: Weights) -> jax.Array:
     x_TK = x.reshape(-1, math.prod(w.shape[:contracted]))
     w_KN = w.reshape(x_TK.shape[1], -1)
-    x_TK, w_KN = match_vma(x_TK, w_KN)
-    y_TN = linear(x_TK, w_KN, recipe)
+    leaves, tree = jax.tree.flatten(ready)
+    x_TK, w_KN, *leaves = match_vma(x_TK, w_KN, *leaves)
+    y_TN = linear(x_TK, w_KN, recipe, ready=jax.tree.unflatten(tree, leaves))
     y = y_TN.reshape(*x.shape[:lead], *w.shape[contracted:])
     return jax.lax.psum(y, tuple(split)) if split else y
 
   out_spec = P(*x_spec[:lead], *w_spec[contracted:])
-  return jax.shard_map(on_device, in_specs=(P(*x_spec), P(*w_spec)), out_specs=out_spec)(x, w)
+  in_specs = P(*x_spec), P(*w_spec), P()
+  return jax.shard_map(on_device, in_specs=in_specs, out_specs=out_spec)(x, w, ready)
 
 
 def _spec(a: jax.Array) -> P:
@@ -110,9 +137,9 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x_BSD: jax.Array) -> jax.Array:
     D, F = x_BSD.shape[-1], self.d_ff
-    gate_DF = weight(self, 'gate_DF', (D, F), sh.MATRIX_DF, std=self.std)
-    up_DF = weight(self, 'up_DF', (D, F), sh.MATRIX_DF, std=self.std)
-    down_FD = weight(self, 'down_FD', (F, D), sh.MATRIX_FD, std=self.std)
+    gate_DF = matrix(self, 'gate_DF', (D, F), sh.MATRIX_DF, std=self.std)
+    up_DF = matrix(self, 'up_DF', (D, F), sh.MATRIX_DF, std=self.std)
+    down_FD = matrix(self, 'down_FD', (F, D), sh.MATRIX_FD, std=self.std)
     gate_BSF = matmul('bsd,df->bsf', x_BSD, gate_DF, sh.MATRIX_DF, policy=self.policy)
     up_BSF = matmul('bsd,df->bsf', x_BSD, up_DF, sh.MATRIX_DF, policy=self.policy)
     gate_BSF, up_BSF = checkpoint_name((gate_BSF, up_BSF), 'dense_hidden')

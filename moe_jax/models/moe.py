@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax import sharding as sh
 from moe_jax.config import MoEConfig
 from moe_jax.models.attention.base import Where
-from moe_jax.models.layers import FeedForward, weight
+from moe_jax.models.layers import FeedForward, matrix, weight
 from moe_jax.ops.experts import expert_mlp
 from moe_jax.ops.route import gate_logits, hash_table, scores, top_k_route, weigh
 from moe_jax.precision import Policy
@@ -42,8 +42,8 @@ class MoE(nn.Module):
     c, D, E, F = self.cfg, x_BSD.shape[-1], self.cfg.num_experts, self.cfg.d_expert
     balance = Balance() if self.hashed else self.balance
     router_DE = weight(self, 'router_DE', (D, E), sh.MATRIX_DX, std=self.std)
-    gate_up_ED2F = weight(self, 'gate_up_ED2F', (E, D, 2, F), sh.EXPERTS_ED2F, std=self.std)
-    down_EFD = weight(self, 'down_EFD', (E, F, D), sh.EXPERTS_EFD, std=self.std)
+    gate_up_ED2F = matrix(self, 'gate_up_ED2F', (E, D, 2, F), sh.EXPERTS_ED2F, std=self.std)
+    down_EFD = matrix(self, 'down_EFD', (E, F, D), sh.EXPERTS_EFD, std=self.std)
     states = {idea.name: self._carried(idea, D) for idea in balance.carriers}
 
     router_DE = jax.sharding.reshard(router_DE, sh.gathered(sh.MATRIX_DX))
@@ -64,8 +64,12 @@ class MoE(nn.Module):
     if balance.drops:
       weight_BSK = jnp.where(kept_BSK < E, weight_BSK, 0)
 
-    experts = (self.policy.cast(gate_up_ED2F), self.policy.cast(down_EFD))
-    options: Any = dict(swiglu_limit=c.swiglu_limit, recipe=self.policy.experts)
+    experts = tuple(self.policy.cast(m.value) for m in (gate_up_ED2F, down_EFD))
+    options: Any = dict(
+      swiglu_limit=c.swiglu_limit,
+      recipe=self.policy.experts,
+      ready=(gate_up_ED2F.ready, down_EFD.ready),
+    )
     if balance.reads_outputs:
       # of dropped choices too, whose weight is 0: averages are to be of all that chose an expert
       output_BSKD = self._each_output(x_BSD, expert_BSK, experts, options)

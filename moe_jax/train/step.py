@@ -15,7 +15,7 @@ from moe_jax.models.attention import Where
 from moe_jax.models.decoder import Decoder, Output, head_DV
 from moe_jax.ops.cross_entropy import total_loss
 from moe_jax.optim import judge, schedule, trains
-from moe_jax.precision import compute_copy, policy_of
+from moe_jax.precision import compute_copy, policy_of, quantized_copy
 from moe_jax.train import layers
 from moe_jax.train.state import TrainState, make_model, make_optimizer
 
@@ -122,6 +122,7 @@ def loss_and_grads(
   """
   num_targets = count_targets(cfg, batch)
   parts = cfg.microbatches
+  rest = rest | quantized_copy(model.policy, params)
   params = compute_copy(model.policy, params)
   if parts > 1 and model.balance.counts_first:
     rest = rest | {'counts': _count(cfg, model, params, rest, batch)}
@@ -132,6 +133,9 @@ def loss_and_grads(
   grad_fn = jax.grad(loss_fn, has_aux=True)
   if parts == 1:
     grads, seen = grad_fn(params, batch)
+    if cfg.model.unroll_layers:
+      # joined once, not anew by each kernel of the optimizer that reads them
+      grads = jax.lax.optimization_barrier(grads)
     return seen, grads
   grads, seen = _sum_over_parts(lambda part: grad_fn(params, part), split(batch, parts))
   return seen, grads

@@ -14,7 +14,7 @@ from moe_jax.models.attention.base import Aux, Cache, Where, rope_frequencies, s
 from moe_jax.models.attention.compressed_cache import attend_caches
 from moe_jax.models.attention.compressor import Compressor
 from moe_jax.models.attention.entry_indexer import EntryIndexer
-from moe_jax.models.layers import RMSNorm, matmul, weight
+from moe_jax.models.layers import RMSNorm, matmul, matrix
 from moe_jax.ops.backends import log_fallback
 from moe_jax.ops.entry_index import (
   choose,
@@ -192,7 +192,7 @@ class Sliding(nn.Module):
   def _project(
     self, equation: str, x: jax.Array, name: str, shape: tuple[int, ...], spec: jax.P, **kwargs: Any
   ) -> jax.Array:
-    w = weight(self, name, shape, spec, std=self.std)
+    w = matrix(self, name, shape, spec, std=self.std)
     return matmul(equation, x, w, spec, policy=self.policy, **kwargs)
 
   def _out(self, o_BSHC: jax.Array, D: int) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from moe_jax import sharding as sh
 from moe_jax.config import FullAttentionConfig, RopeConfig
 from moe_jax.models.attention.base import Cache, Where, append, cached_segments, rope_frequencies
-from moe_jax.models.layers import matmul, weight
+from moe_jax.models.layers import matmul, matrix
 from moe_jax.ops.attention import attention
 from moe_jax.ops.rope import rotate_half_split, yarn_softmax_factor
 from moe_jax.precision import Policy
@@ -33,13 +33,13 @@ class FullAttention(nn.Module):
       matmul(
         'bsd,dhc->bshc',
         x_BSD,
-        weight(self, f'{name}_DHC', (D, H, C), sh.HEADS_DHC, std=self.std),
+        matrix(self, f'{name}_DHC', (D, H, C), sh.HEADS_DHC, std=self.std),
         sh.HEADS_DHC,
         policy=self.policy,
       )
       for name in ('q', 'k', 'v')
     )
-    out_HCD = weight(self, 'out_HCD', (H, C, D), sh.HEADS_HCD, std=self.std)
+    out_HCD = matrix(self, 'out_HCD', (H, C, D), sh.HEADS_HCD, std=self.std)
     freq, magnitude = rope_frequencies(C, self.rope), self.rope.yarn_magnitude
     q_BSHC = rotate_half_split(q_BSHC, where.position_BS, freq) * magnitude
     k_BSHC = rotate_half_split(k_BSHC, where.position_BS, freq) * magnitude

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from moe_jax import sharding as sh
 from moe_jax.config import RopeConfig
 from moe_jax.models.attention.base import Cache, Where, rope_frequencies
-from moe_jax.models.layers import matmul, weight
+from moe_jax.models.layers import matmul, matrix
 from moe_jax.ops.blocks import Span
 from moe_jax.ops.rope import rotate_half_split, yarn_softmax_factor
 from moe_jax.precision import Policy
@@ -46,19 +46,19 @@ class GroupedAttention(nn.Module):
 
   def by_group(self, name: str, x_BSD: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     """A linear map of the stream to [B, S, *shape], `shape` beginning with the groups."""
-    w = weight(self, name, (x_BSD.shape[-1], *shape), sh.GROUPS_DGMC, std=self.std)
+    w = matrix(self, name, (x_BSD.shape[-1], *shape), sh.GROUPS_DGMC, std=self.std)
     return matmul('bsd,dgmc->bsgmc', x_BSD, w, sh.GROUPS_DGMC, policy=self.policy)
 
   def keys(self, name: str, x_BSD: jax.Array, width: int) -> jax.Array:
     """A linear map of the stream to [B, S, G, width]."""
-    w = weight(
+    w = matrix(
       self, name, (x_BSD.shape[-1], self.cfg.num_kv_heads, width), sh.HEADS_DHC, std=self.std
     )
     return matmul('bsd,dgc->bsgc', x_BSD, w, sh.HEADS_DHC, policy=self.policy)
 
   def output(self, o_BSGMV: jax.Array, d_model: int) -> jax.Array:
     shape = (*o_BSGMV.shape[2:], d_model)
-    out_GMVD = weight(self, 'out_GMVD', shape, sh.GROUPS_GMCD, std=self.std)
+    out_GMVD = matrix(self, 'out_GMVD', shape, sh.GROUPS_GMCD, std=self.std)
     return matmul(
       'bsgmv,gmvd->bsd', o_BSGMV, out_GMVD, sh.GROUPS_GMCD, policy=self.policy, out=sh.STREAM
     )

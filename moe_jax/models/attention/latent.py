@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from moe_jax import sharding as sh
 from moe_jax.config import MLAConfig, RopeConfig
 from moe_jax.models.attention.base import Cache, Where, rope_frequencies
-from moe_jax.models.layers import RMSNorm, matmul, weight
+from moe_jax.models.layers import Matrix, RMSNorm, matmul, matrix
 from moe_jax.ops.decode_attention import decode_attention
 from moe_jax.ops.rope import rotate_adjacent, yarn_softmax_factor
 from moe_jax.precision import Policy
@@ -29,9 +29,9 @@ class Projected(NamedTuple):
   latent_BSR: jax.Array
   rope_BSC: jax.Array  # the rotated key channels that all heads share
   q_latent_BSQ: jax.Array  # what the queries were made of; the stream itself where q_rank is 0
-  key_RHN: jax.Array
-  value_RHV: jax.Array
-  out_HVD: jax.Array
+  key_RHN: Matrix
+  value_RHV: Matrix
+  out_HVD: Matrix
 
   @property
   def entries(self) -> Cache:
@@ -61,10 +61,10 @@ class LatentAttention(nn.Module):
     """Declares MLA's parameters and applies those that need no other token."""
     c, D, R = self.cfg, x_BSD.shape[-1], self.cfg.kv_rank
     H, N, C, V = c.num_heads, c.d_nope, c.d_rope, c.d_value
-    kv_DX = weight(self, 'kv_down_DX', (D, R + C), sh.MATRIX_DX, std=self.std)
-    key_RHN = weight(self, 'key_up_RHN', (R, H, N), sh.HEADS_DHC, std=self.std)
-    value_RHV = weight(self, 'value_up_RHV', (R, H, V), sh.HEADS_DHC, std=self.std)
-    out_HVD = weight(self, 'out_HVD', (H, V, D), sh.HEADS_HCD, std=self.std)
+    kv_DX = matrix(self, 'kv_down_DX', (D, R + C), sh.MATRIX_DX, std=self.std)
+    key_RHN = matrix(self, 'key_up_RHN', (R, H, N), sh.HEADS_DHC, std=self.std)
+    value_RHV = matrix(self, 'value_up_RHV', (R, H, V), sh.HEADS_DHC, std=self.std)
+    out_HVD = matrix(self, 'out_HVD', (H, V, D), sh.HEADS_HCD, std=self.std)
     freq, magnitude = rope_frequencies(C, self.rope), self.rope.yarn_magnitude
 
     q_BSHX, q_latent_BSQ = self._queries(x_BSD)
@@ -80,14 +80,14 @@ class LatentAttention(nn.Module):
   def _queries(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
     c, D = self.cfg, x_BSD.shape[-1]
     if c.q_rank:
-      down_DQ = weight(self, 'q_down_DQ', (D, c.q_rank), sh.MATRIX_DX, std=self.std)
+      down_DQ = matrix(self, 'q_down_DQ', (D, c.q_rank), sh.MATRIX_DX, std=self.std)
       x_BSD = matmul('bsd,dq->bsq', x_BSD, down_DQ, sh.MATRIX_DX, policy=self.policy)
       x_BSD = RMSNorm(_LATENT_EPS, name='q_norm')(x_BSD)
     shape = (x_BSD.shape[-1], c.num_heads, c.d_nope + c.d_rope)
-    up_QHX = weight(self, 'q_up_QHX', shape, sh.HEADS_DHC, std=self.std)
+    up_QHX = matrix(self, 'q_up_QHX', shape, sh.HEADS_DHC, std=self.std)
     return matmul('bsq,qhx->bshx', x_BSD, up_QHX, sh.HEADS_DHC, policy=self.policy), x_BSD
 
-  def _up(self, equation: str, a: jax.Array, w: jax.Array) -> jax.Array:
+  def _up(self, equation: str, a: jax.Array, w: Matrix) -> jax.Array:
     return matmul(equation, a, w, sh.HEADS_DHC, policy=self.policy)
 
   def expand(self, p: Projected) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax import sharding as sh
-from moe_jax.ops.experts.local import local_experts
+from moe_jax.ops.experts.local import NONE_READY, Ready, local_experts
 from moe_jax.ops.permute import bucket_by_destination, combine, dispatch
 from moe_jax.ops.recipe import Recipe
 
@@ -29,6 +29,7 @@ def expert_mlp(
   *,
   swiglu_limit: float = 0.0,
   recipe: Recipe | None = None,
+  ready: Ready = NONE_READY,
 ) -> Float[Array, 'B S D']:
   """Weighted sum over each token's experts of down(silu(gate x) * up x), on the current mesh.
 
@@ -40,18 +41,19 @@ def expert_mlp(
     down_EFD: likewise, `sharding.EXPERTS_EFD`.
     swiglu_limit: clamp of gate and up values, see ops.swiglu; 0 for none.
     recipe: what the operands of products are rounded to; None: nothing, they are as they come.
+    ready: both matrices quantised before, on a mesh of one device, see `local_experts`.
 
   Gradients reach x, the weights and both matrices.
   """
   body = jax.shard_map(
     functools.partial(_on_device, limit=swiglu_limit, recipe=recipe),
-    in_specs=(sh.STREAM, sh.STREAM, sh.STREAM, sh.EXPERTS_ED2F, sh.EXPERTS_EFD),
+    in_specs=(sh.STREAM, sh.STREAM, sh.STREAM, sh.EXPERTS_ED2F, sh.EXPERTS_EFD, jax.P()),
     out_specs=sh.STREAM,
   )
-  return body(x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD)
+  return body(x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD, ready)
 
 
-def _on_device(x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD, *, limit, recipe):
+def _on_device(x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD, ready, *, limit, recipe):
   gate_up_ED2F = jax.lax.all_gather(gate_up_ED2F, sh.DATA, axis=1, tiled=True)
   down_EFD = jax.lax.all_gather(down_EFD, sh.DATA, axis=2, tiled=True)
   D, K = x_BSD.shape[-1], expert_BSK.shape[-1]
@@ -70,6 +72,7 @@ def _on_device(x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD, *, limit, 
       rows=len(x_TD) * K,
       limit=limit,
       recipe=recipe,
+      ready=ready,
     )
   else:
     y_TD = _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, limit=limit, recipe=recipe)

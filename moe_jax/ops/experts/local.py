@@ -33,9 +33,13 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.ops.experts import products
+from moe_jax.ops.linear import Weights
 from moe_jax.ops.permute import Plan, padded_rows, sort_by_destination, sum_rows
 from moe_jax.ops.recipe import Recipe
 from moe_jax.ops.varying import match_vma
+
+type Ready = tuple[Weights, Weights]
+NONE_READY = (Weights(None, None), Weights(None, None))
 
 
 def local_experts(
@@ -48,6 +52,7 @@ def local_experts(
   rows: int,
   limit: float,
   recipe: Recipe | None = None,
+  ready: Ready = NONE_READY,
 ) -> jax.Array:
   """Weighted sum over each token's experts; choice E means an expert elsewhere.
 
@@ -55,6 +60,7 @@ def local_experts(
     rows: bound on the number of choices that are of an expert here.
     limit: of SwiGLU; 0 for none.
     recipe: what the operands of products are rounded to; None: nothing, they are as they come.
+    ready: both matrices of `ops.linear.quantize_weights`, seen as [E, D, 2F] and [E, F, D].
   """
   E, D, _, F = gate_up_ED2F.shape
   products.check(recipe, D, F)
@@ -67,44 +73,49 @@ def local_experts(
     multiple=multiple,
   )
   plan = checkpoint_name(plan, 'expert_plan')
-  x_TD, weight_TK, gate_up_EDH, down_EFD, *plan = match_vma(
-    x_TD, weight_TK, gate_up_ED2F.reshape(E, D, 2 * F), down_EFD, *plan
+  leaves, tree = jax.tree.flatten(ready)
+  x_TD, weight_TK, gate_up_EDH, down_EFD, *rest = match_vma(
+    x_TD, weight_TK, gate_up_ED2F.reshape(E, D, 2 * F), down_EFD, *plan, *leaves
   )
-  return _experts((limit, recipe), x_TD, weight_TK, gate_up_EDH, down_EFD, Plan(*plan))
+  plan, leaves = Plan(*rest[: len(Plan._fields)]), rest[len(Plan._fields) :]
+  ready = jax.tree.unflatten(tree, leaves)
+  return _experts((limit, recipe), x_TD, weight_TK, gate_up_EDH, down_EFD, plan, ready)
 
 
 type _Static = tuple[float, Recipe | None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _experts(static: _Static, x_TD, weight_TK, gate_up_EDH, down_EFD, plan: Plan) -> jax.Array:
-  return _forward(static, x_TD, weight_TK, gate_up_EDH, down_EFD, plan)[0]
+def _experts(
+  static: _Static, x_TD, weight_TK, gate_up_EDH, down_EFD, plan: Plan, ready: Ready
+) -> jax.Array:
+  return _forward(static, x_TD, weight_TK, gate_up_EDH, down_EFD, plan, ready)[0]
 
 
-def _forward(static: _Static, x_TD, weight_TK, gate_up_EDH, down_EFD, plan: Plan):
+def _forward(static: _Static, x_TD, weight_TK, gate_up_EDH, down_EFD, plan: Plan, ready: Ready):
   limit, recipe = static
-  p = products.forward(recipe, x_TD.dtype)
-  a_RF, h_R2F = p.swiglu(p.rows(p.spread(x_TD, plan), gate_up_EDH, plan), limit)
+  p, (gate_up, down) = products.forward(recipe, x_TD.dtype), ready
+  a_RF, h_R2F = p.swiglu(p.rows(p.spread(x_TD, plan), gate_up_EDH, gate_up.forward, plan), limit)
   h_R2F = checkpoint_name(h_R2F, 'expert_hidden')
-  y_RD = p.rows(a_RF, down_EFD, plan)
+  y_RD = p.rows(a_RF, down_EFD, down.forward, plan)
   out_TD = sum_rows(y_RD, plan.row_TK, weight_TK)
-  return out_TD, (x_TD, weight_TK, gate_up_EDH, down_EFD, plan, h_R2F)
+  return out_TD, (x_TD, weight_TK, gate_up_EDH, down_EFD, plan, h_R2F, (gate_up.dgrad, down.dgrad))
 
 
 def _backward(static: _Static, kept, dout_TD):
   limit, recipe = static
-  x_TD, weight_TK, gate_up_EDH, down_EFD, plan, h_R2F = kept
+  x_TD, weight_TK, gate_up_EDH, down_EFD, plan, h_R2F, (gate_up8, down8) = kept
   dgrad, wgrad = products.dgrad(recipe, x_TD.dtype), products.wgrad(recipe)
-  da_RF = dgrad.rows(dgrad.spread(dout_TD, plan), down_EFD, plan)
+  da_RF = dgrad.rows(dgrad.spread(dout_TD, plan), down_EFD, down8, plan)
   dh, dh_wgrad, a_wgrad, dweight_R = products.swiglu_backward(
     recipe, da_RF, h_R2F, plan.by_row(weight_TK), limit
   )
   ddown_EFD = wgrad.weights(a_wgrad, wgrad.spread_second(dout_TD, plan), plan, down_EFD.dtype)
-  dx_TD = sum_rows(dgrad.rows(dh, gate_up_EDH, plan), plan.row_TK)
+  dx_TD = sum_rows(dgrad.rows(dh, gate_up_EDH, gate_up8, plan), plan.row_TK)
   dgate_up_EDH = wgrad.weights(wgrad.spread_first(x_TD, plan), dh_wgrad, plan, gate_up_EDH.dtype)
   dweight_TK = plan.by_choice(dweight_R).astype(weight_TK.dtype)
   no_gradient = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), plan)
-  return dx_TD, dweight_TK, dgate_up_EDH, ddown_EFD, no_gradient
+  return dx_TD, dweight_TK, dgate_up_EDH, ddown_EFD, no_gradient, None
 
 
 _experts.defvjp(_forward, _backward)

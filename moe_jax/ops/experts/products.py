@@ -55,14 +55,15 @@ class Rows:
     """swiglu(h), and h as the backward pass is to have it."""
     return swiglu.swiglu_forward(h_RH, limit=limit), h_RH
 
-  def rows(self, x: Any, w_EDF: jax.Array, plan: Plan) -> jax.Array:
+  def rows(self, x: Any, w_EDF: jax.Array, w8: Any, plan: Plan) -> jax.Array:
+    del w8
     op = input_grad if self.transposed else grouped_matmul
     return op(x, w_EDF, **_groups(plan))
 
 
 @dataclasses.dataclass(frozen=True)
 class RowsFP8:
-  """The same in FP8. The weights are quantised for each product anew: nothing of them is kept."""
+  """The same in FP8."""
 
   transposed: bool
   fmt: qz.Format
@@ -78,11 +79,13 @@ class RowsFP8:
   def swiglu(self, h_RH: jax.Array, limit: float) -> tuple[Operand, Operand]:
     return swiglu.swiglu_rows_and_hidden(h_RH, self.fmt, limit=limit)
 
-  def rows(self, x: Any, w_EDF: jax.Array, plan: Plan) -> jax.Array:
+  def rows(self, x: Any, w_EDF: jax.Array, w8: qz.Quantized | None, plan: Plan) -> jax.Array:
+    """Of w8, the copy that this product reads, where there is one; else it is made here."""
     # contracted along what is contiguous: [E, F, D] for x @ w, [E, D, F] for dy @ w.T
     blocks = qz.quantize_blocks if self.transposed else qz.quantize_blocks_transposed
-    w = blocks(w_EDF, self.weight_fmt)
-    return grouped_matmul_fp8(x, w, dtype=self.dtype, **_groups(plan))
+    return grouped_matmul_fp8(
+      x, w8 or blocks(w_EDF, self.weight_fmt), dtype=self.dtype, **_groups(plan)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

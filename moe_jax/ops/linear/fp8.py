@@ -6,6 +6,8 @@ they differ from native ones only in the order of sums. cuBLASLt wants both oper
 along the contracted dimension; so do the tensor cores, and our kernel.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -36,6 +38,39 @@ def _refusal(recipe: Recipe) -> str | None:
   if not mosaic_gpu.on_hopper():
     return f'FP8 products need a Hopper GPU, this is {jax.devices()[0].device_kind}'
   return None
+
+
+class Weights(NamedTuple):
+  """A matrix as products read it, each None where its product is not FP8."""
+
+  forward: Quantized | None  # w^T, [..., N, K]
+  dgrad: Quantized | None  # w, [..., K, N]
+
+
+def quantize_weights(
+  w_KN: jax.Array, recipe: Recipe, *, via: jax.typing.DTypeLike | None = None
+) -> Weights:
+  """Both copies of a matrix, or of each of [..., K, N], from one reading where they are alike.
+
+  Args:
+    via: what w is rounded to before.
+  """
+  forward, dgrad = (product.is_fp8 for product in recipe[:2])
+  kinds = {(p.scaling, p.formats()[1]) for p in recipe[:2] if p.is_fp8}
+  found = {kind: _both(w_KN, *kind, via) for kind in kinds}
+  of = lambda product: found[product.scaling, product.formats()[1]]
+  return Weights(of(recipe.forward)[1] if forward else None, of(recipe.dgrad)[0] if dgrad else None)
+
+
+def _both(w_KN: jax.Array, scaling: str, fmt: quantize.Format, via: Any) -> tuple[Quantized, ...]:
+  if scaling == 'block':
+    sides = (*(1,) * (w_KN.ndim - 2), TILE, TILE)
+    return quantize.quantize_blocks_and_transposed(_pad(w_KN, sides), fmt, via=via)
+  w_KN = quantize.through(w_KN, via)
+  lead = w_KN.shape[:-2]
+  each = jax.vmap(lambda w: quantize.quantize_tensor(w, fmt))(w_KN.reshape(-1, *w_KN.shape[-2:]))
+  plain = Quantized(each.values.reshape(w_KN.shape), each.scale.reshape(lead))
+  return plain, Quantized(jnp.swapaxes(plain.values, -1, -2), plain.scale)
 
 
 def operands(
@@ -80,6 +115,7 @@ def matmul(
   product: Product,
   implementation: str,
   *,
+  w8: Quantized | None = None,
   transpose_w: bool,
   num_rows: int,
   dtype: jnp.dtype,
@@ -88,19 +124,22 @@ def matmul(
 
   Args:
     x: of `operands`, padded where blocks need it.
+    w8: w quantised, of `quantize_weights`: the copy that this product reads.
   """
   fmt, N = product.formats()[1], w.shape[0 if transpose_w else 1]
   if product.scaling == 'tensor':
-    w8 = quantize.quantize_tensor(w, fmt)
-    w8_NK = w8 if transpose_w else Quantized(w8.values.T, w8.scale)
+    if w8 is None:
+      w8 = quantize.quantize_tensor(w, fmt)
+      w8 = w8 if transpose_w else Quantized(w8.values.T, w8.scale)
     # rounded before it is scaled: cuBLASLt then writes 16 bits, and the scaling joins what follows
-    return _tensor_product(x, w8_NK, implementation, dtype).astype(dtype)
-  blocks = quantize.quantize_blocks if transpose_w else quantize.quantize_blocks_transposed
-  w8_NK = blocks(_pad(w, (TILE, TILE)), fmt)
+    return _tensor_product(x, w8, implementation, dtype).astype(dtype)
+  if w8 is None:
+    blocks = quantize.quantize_blocks if transpose_w else quantize.quantize_blocks_transposed
+    w8 = blocks(_pad(w, (TILE, TILE)), fmt)
   if implementation == 'simulated':
-    y = _float32_product(quantize.dequantize_rows(x), quantize.dequantize_blocks(w8_NK))
+    y = _float32_product(quantize.dequantize_rows(x), quantize.dequantize_blocks(w8))
   else:
-    one = Quantized(w8_NK.values[None], w8_NK.scale[None])
+    one = Quantized(w8.values[None], w8.scale[None])
     y = grouped_matmul_fp8(x, one, _one_group(x.values.shape[0]), dtype=dtype)
   return y[:num_rows, :N].astype(dtype)
 
@@ -143,7 +182,7 @@ def _float32_product(a_MK: jax.Array, b_NK: jax.Array) -> jax.Array:
   return jnp.einsum('mk,nk->mn', a_MK, b_NK, precision='highest')
 
 
-def _pad(a: jax.Array, multiples: tuple[int, int]) -> jax.Array:
+def _pad(a: jax.Array, multiples: tuple[int, ...]) -> jax.Array:
   """Zeros behind, up to multiples of these; they change no scale and no sum."""
   missing = [(0, -n % m) for n, m in zip(a.shape, multiples, strict=True)]
   return jnp.pad(a, missing) if any(m for _, m in missing) else a

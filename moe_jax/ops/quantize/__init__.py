@@ -13,6 +13,7 @@ from moe_jax.ops.quantize.format import TILE, Format, Quantized
 from moe_jax.ops.quantize.reference import (
   dequantize_blocks,
   dequantize_rows,
+  through,
   transpose_blocks,
 )
 
@@ -29,6 +30,7 @@ __all__ = [
   'quantize_rows',
   'quantize_rows_and_columns',
   'quantize_tensor',
+  'through',
   'transpose_blocks',
 ]
 
@@ -86,10 +88,14 @@ def quantize_blocks_transposed(
 
 
 def quantize_blocks_and_transposed(
-  w_DF: jax.Array, fmt: Format = E4M3, *, implementation: str | None = None
+  w_DF: jax.Array,
+  fmt: Format = E4M3,
+  *,
+  via: jax.typing.DTypeLike | None = None,
+  implementation: str | None = None,
 ) -> tuple[Quantized, Quantized]:
-  """Both of the above from one reading of w."""
-  plain, transposed = _blocks(w_DF, fmt, ('plain', 'transposed'), implementation)
+  """Both of the above from one reading of w, which is rounded to `via` first."""
+  plain, transposed = _blocks(w_DF, fmt, ('plain', 'transposed'), implementation, via)
   return plain, transposed
 
 
@@ -128,7 +134,11 @@ def _tiles(
 
 @jax.named_scope('quantize')
 def _blocks(
-  w_DF: jax.Array, fmt: Format, want: tuple[str, ...], implementation: str | None
+  w_DF: jax.Array,
+  fmt: Format,
+  want: tuple[str, ...],
+  implementation: str | None,
+  via: jax.typing.DTypeLike | None = None,
 ) -> tuple[Quantized, ...]:
   if w_DF.ndim < 2:
     raise ValueError(f'quantize: w has shape {w_DF.shape}, must be [..., D, F].')
@@ -136,10 +146,10 @@ def _blocks(
   _check('width', w_DF.shape[-1])
   choice = pallas_triton.choose('quantize', implementation, pallas_triton.unavailable())
   if choice == 'triton':
-    found = triton.blocks(w_DF.reshape(-1, *w_DF.shape[-2:]), fmt, want=want)
+    found = triton.blocks(w_DF.reshape(-1, *w_DF.shape[-2:]), fmt, want=want, via=via)
     lead = w_DF.shape[:-2]
     return tuple(Quantized(*(a.reshape(*lead, *a.shape[1:]) for a in q)) for q in found)
-  plain = reference.blocks(w_DF, fmt)
+  plain = reference.blocks(reference.through(w_DF, via), fmt)
   return tuple(plain if name == 'plain' else transpose_blocks(plain) for name in want)
 
 

@@ -30,6 +30,14 @@ def blocks(w_DF: jax.Array, fmt: Format) -> Quantized:
   return Quantized(values.reshape(w_DF.shape), scale)
 
 
+def through(x: jax.Array, dtype: jax.typing.DTypeLike | None) -> jax.Array:
+  """x rounded to `dtype`, in its own; a pair of casts would be one that XLA may leave out."""
+  if dtype is None:
+    return x
+  info = jnp.finfo(dtype)
+  return jax.lax.reduce_precision(x, info.nexp, info.nmant)
+
+
 def tensor(x: jax.Array, fmt: Format) -> Quantized:
   x = x.astype(jnp.float32)
   scale, inverse = scale_and_inverse(magnitude(x).max(initial=0), fmt)

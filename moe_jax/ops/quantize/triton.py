@@ -139,14 +139,15 @@ def quantize(
   return row + ((unpack(found[-2], found[-1], fmt),) if by_column else ())
 
 
-def _blocks_kernel(w_ref, *refs, fmt, transposed):
+def _blocks_kernel(w_ref, *refs, fmt, transposed, via):
   columns, d_tiles = jnp.int32(w_ref.shape[2] // TILE), jnp.int32(w_ref.shape[1] // TILE)
   pid = pl.program_id(0)
   f, rest = jax.lax.rem(pid, columns), jax.lax.div(pid, columns)
   d, e = jax.lax.rem(rest, d_tiles), jax.lax.div(rest, d_tiles)
   at = grid_of(d * TILE + jnp.arange(TILE), f * TILE + jnp.arange(TILE))
   expert = jnp.full_like(at[0], 0) + e
-  w = plt.load(w_ref.at[expert, *at]).astype(jnp.float32)
+  w = plt.load(w_ref.at[expert, *at])
+  w = (w if via is None else w.astype(via)).astype(jnp.float32)
   scale, inverse = scale_and_inverse(magnitude(w).max(0).max(0), fmt)
   values = (w * inverse).astype(fmt.dtype)
   if 'plain' in transposed:
@@ -160,8 +161,11 @@ def _blocks_kernel(w_ref, *refs, fmt, transposed):
     plt.store(scale_ref.at[e, f, d], scale)
 
 
-def blocks(w_EDF: jax.Array, fmt: Format, *, want: tuple[str, ...]) -> tuple[Quantized, ...]:
-  """128 x 128 blocks of w as it lies ('plain'), of its transpose ('transposed'), or of both."""
+def blocks(
+  w_EDF: jax.Array, fmt: Format, *, want: tuple[str, ...], via: Any = None
+) -> tuple[Quantized, ...]:
+  """128 x 128 blocks of w as it lies ('plain'), of its transpose ('transposed'), or of both; of w
+  rounded to `via`."""
   e, d, f = w_EDF.shape
   sides = {'plain': (d, f), 'transposed': (f, d)}
   out = []
@@ -170,7 +174,7 @@ def blocks(w_EDF: jax.Array, fmt: Format, *, want: tuple[str, ...]) -> tuple[Qua
     out.append(jax.ShapeDtypeStruct((e, a, b), jnp.dtype(fmt.dtype)))
     out.append(jax.ShapeDtypeStruct((e, a // TILE, b // TILE), jnp.float32))
   found = pallas_triton.call(
-    functools.partial(_blocks_kernel, fmt=fmt, transposed=want),
+    functools.partial(_blocks_kernel, fmt=fmt, transposed=want, via=via),
     w_EDF,
     grid=(e * (d // TILE) * (f // TILE),),
     out=out,
