@@ -4,7 +4,7 @@
   v2_lite_5  DeepSeek-V2-Lite's widths in 5 layers, 2.84B parameters, 2 x 4096 tokens; beside it
              transformers with compiled grouped matmuls, its parameters and moments in bfloat16
   v3_4       DeepSeek-V3's widths in 4 layers, 8 local experts that each see every token, as on a
-             device of 32 that share 256; vocabulary 32768; 1 x 4096 tokens
+             device of 32 that share 256; vocabulary 32768; 2 x 4096 tokens
 
 Ours have float32 master weights, moments in bfloat16 rounded by chance, real routers, and the text
 of plays and code where it is installed. `--only=v2_lite_5/fp8` selects rows. A row of fp8_tensor
@@ -65,6 +65,7 @@ def _v2_lite_5() -> ml_collections.ConfigDict:
   c.model.num_layers = 5
   # 'none' would also keep every layer's rounded weights for the backward pass
   c.model.remat = 'light'
+  c.model.unroll_layers = True
   c.data.batch_size = 2
   return c
 
@@ -75,9 +76,10 @@ def _v3_4() -> ml_collections.ConfigDict:
   c.model.num_dense_layers = 1
   c.model.vocab_size = 32_768
   c.model.remat = 'light'
+  c.model.unroll_layers = True
   c.model.moe.update(num_experts=8, top_k=8, num_groups=1, top_groups=1)
   c.data.tokenizer = 'deepseek:32768'
-  c.data.batch_size = 1
+  c.data.batch_size = 2
   return c
 
 
@@ -116,7 +118,8 @@ def ours(
       shape=f'{name} {cfg.data.batch_size} x {cfg.data.sequence_length}',
       sizes=step.data,
       by=precision,
-      note=f'{seen.tokens_per_s:,.0f} tokens/s, {size(seen.peak_bytes)}, remat {cfg.model.remat}',
+      note=f'{seen.tokens_per_s:,.0f} tokens/s, {size(seen.peak_bytes)} '
+      f'({size(step.predicted_bytes())} predicted), remat {cfg.model.remat}',
     )
   ]
 
