@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from moe_jax.config import PrecisionOverrides, RunConfig
 from moe_jax.ops.grouped_matmul.mosaic_gpu import on_hopper
 from moe_jax.ops.linear import quantize_weights
+from moe_jax.ops.quantize import Format
 from moe_jax.ops.recipe import FP8, Product, Recipe
 
 
@@ -116,6 +117,7 @@ class Policy:
   matmul: str  # jax's matmul precision for float32 operands
   linear: Recipe
   experts: Recipe
+  dispatch: Format | None  # of what crosses to the devices of experts; None: activations
   gradients: jnp.dtype  # of a step's products, before any sum over micro-batches
 
   def cast(self, weight: jax.Array) -> jax.Array:
@@ -151,6 +153,7 @@ def policy(name: str, overrides: PrecisionOverrides | None = None) -> Policy:
     matmul='highest' if name == 'float32' else 'default',
     linear=_recipe(lines, 'linear'),
     experts=_recipe(lines, 'experts'),
+    dispatch=_dispatch(lines['dispatch']),
     gradients=jnp.dtype(lines['gradients'].operands),
   )
 
@@ -245,6 +248,12 @@ def _override(kind: str, line: Line, words: list[str]) -> Line:
     else:
       line = line._replace(operands=word, scaling='none', power_of_two=False)
   return line
+
+
+def _dispatch(line: Line) -> Format | None:
+  if line.operands not in FP8:
+    return None
+  return Format(dtype=FP8[line.operands], power_of_two=line.power_of_two)
 
 
 def _recipe(lines: dict[str, Line], kind: str) -> Recipe:

@@ -25,13 +25,16 @@ class PrecisionOverrides:
   experts_forward: str = ''
   experts_dgrad: str = ''
   experts_wgrad: str = ''
+  # e4m3 or e5m2: tokens on their way to other devices, and gradients of what those send back, are
+  # quantised 128 values at a time (arXiv:2412.19437, 3.3.3)
+  dispatch: str = ''
   gradients: str = ''  # bfloat16 or float32: what a step's products of weights' gradients give
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       name, value = f'precision_overrides.{field.name}', getattr(self, field.name)
       words = ('float32', 'bfloat16') if field.name == 'gradients' else PRODUCT_WORDS
-      if field.name.startswith('experts'):
+      if field.name.startswith('experts') or field.name == 'dispatch':
         words = tuple(word for word in words if word != 'tensor')  # experts have scales by block
       for word in value.split():
         require(

@@ -69,6 +69,7 @@ class MoE(nn.Module):
       swiglu_limit=c.swiglu_limit,
       recipe=self.policy.experts,
       ready=(gate_up_ED2F.ready, down_EFD.ready),
+      travel=self.policy.dispatch,
     )
     if balance.reads_outputs:
       # of dropped choices too, whose weight is 0: averages are to be of all that chose an expert

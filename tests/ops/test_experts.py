@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from moe_jax import sharding as sh
+from moe_jax.ops import quantize as qz
 from moe_jax.ops.experts import expert_mlp
 from moe_jax.ops.experts.local import local_experts
 from moe_jax.ops.recipe import Product, Recipe
@@ -228,3 +229,28 @@ def test_experts_in_fp8_need_whole_blocks():
     local_experts(
       x, route, weight, gate_up, down, rows=B * S * K, limit=0.0, recipe=Recipe(E4M3, E4M3, E4M3)
     )
+
+
+def test_tokens_that_travel_in_fp8_are_those_rounded_beforehand():
+  keys, D, F = jax.random.split(jax.random.key(0), 4), 128, 6
+  x = jax.random.normal(keys[0], (B, S, D))
+  rounded = qz.dequantize_rows(qz.quantize_rows(x.reshape(-1, D))).reshape(x.shape)
+  host = (
+    routes('mixed'),
+    jax.nn.softmax(jax.random.normal(keys[1], (B, S, K))),
+    jax.random.normal(keys[2], (E, D, 2, F)),
+    jax.random.normal(keys[3], (E, F, D)),
+  )
+  mesh = sh.make_mesh((1, 4, 1))
+  with jax.set_mesh(mesh):
+    put = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
+    specs = (sh.STREAM, sh.STREAM, sh.EXPERTS_ED2F, sh.EXPERTS_EFD)
+    rest = [put(a, spec) for a, spec in zip(host, specs, strict=True)]
+
+    def both(x, **how):
+      y, pull = jax.vjp(jax.jit(lambda x: expert_mlp(x, *rest, **how)), put(x, sh.STREAM))
+      # ones are numbers of the format: what is left is the gradient at the rounded token
+      return y, pull(jnp.ones_like(y))[0]
+
+    for found, want in zip(both(x, travel=qz.Format()), both(rounded), strict=True):
+      np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5 * float(jnp.abs(want).max()))

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax import sharding as sh
 from moe_jax.ops.experts.local import NONE_READY, Ready, local_experts
 from moe_jax.ops.permute import bucket_by_destination, combine, dispatch
+from moe_jax.ops.quantize import Format, Quantized, dequantize_rows, quantize_rows
 from moe_jax.ops.recipe import Recipe
 
 # B batch  S sequence  T tokens of one device  D model  F width  E experts  K experts a token
@@ -30,6 +31,7 @@ def expert_mlp(
   swiglu_limit: float = 0.0,
   recipe: Recipe | None = None,
   ready: Ready = NONE_READY,
+  travel: Format | None = None,
 ) -> Float[Array, 'B S D']:
   """Weighted sum over each token's experts of down(silu(gate x) * up x), on the current mesh.
 
@@ -42,18 +44,22 @@ def expert_mlp(
     swiglu_limit: clamp of gate and up values, see ops.swiglu; 0 for none.
     recipe: what the operands of products are rounded to; None: nothing, they are as they come.
     ready: both matrices quantised before, on a mesh of one device, see `local_experts`.
+    travel: what tokens are quantised to, 128 values at a time, on their way to other devices, and
+      gradients on theirs; None: they travel as they are.
 
   Gradients reach x, the weights and both matrices.
   """
   body = jax.shard_map(
-    functools.partial(_on_device, limit=swiglu_limit, recipe=recipe),
+    functools.partial(_on_device, limit=swiglu_limit, recipe=recipe, travel=travel),
     in_specs=(sh.STREAM, sh.STREAM, sh.STREAM, sh.EXPERTS_ED2F, sh.EXPERTS_EFD, jax.P()),
     out_specs=sh.STREAM,
   )
   return body(x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD, ready)
 
 
-def _on_device(x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD, ready, *, limit, recipe):
+def _on_device(
+  x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD, ready, *, limit, recipe, travel
+):
   gate_up_ED2F = jax.lax.all_gather(gate_up_ED2F, sh.DATA, axis=1, tiled=True)
   down_EFD = jax.lax.all_gather(down_EFD, sh.DATA, axis=2, tiled=True)
   D, K = x_BSD.shape[-1], expert_BSK.shape[-1]
@@ -75,11 +81,13 @@ def _on_device(x_BSD, expert_BSK, weight_BSK, gate_up_ED2F, down_EFD, ready, *, 
       ready=ready,
     )
   else:
-    y_TD = _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, limit=limit, recipe=recipe)
+    y_TD = _exchange(
+      x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, limit=limit, recipe=recipe, travel=travel
+    )
   return jax.lax.psum(y_TD, sh.MODEL).reshape(*x_BSD.shape[:2], D)
 
 
-def _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, *, limit, recipe):
+def _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, *, limit, recipe, travel):
   """Sends tokens to the devices of their experts, computes there, and sums what comes back."""
   num_devices, local = jax.lax.axis_size(sh.EXPERT), gate_up_ED2F.shape[0]
   T, K = expert_TK.shape
@@ -88,8 +96,7 @@ def _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, *, limit, reci
   plan = bucket_by_destination(visits_TP)
 
   def send(a_TX):
-    bucket_PTX = dispatch(a_TX, plan).reshape(num_devices, T, -1)
-    return jax.lax.all_to_all(bucket_PTX, sh.EXPERT, 0, 0).reshape(num_devices * T, -1)
+    return _cross(dispatch(a_TX, plan))
 
   # an empty place in a bucket must not ask for an expert: mark what is not here as `local`
   wanted_RK = expert_TK[plan.token_R]
@@ -101,11 +108,43 @@ def _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, *, limit, reci
   local_RK = jax.lax.all_to_all(local_RK.reshape(num_devices, T, K), sh.EXPERT, 0, 0).reshape(
     num_devices * T, K
   )
+  tokens_RD = dispatch(x_TD, plan)
+  tokens_RD = _cross(tokens_RD) if travel is None else _cross_in_fp8(travel, tokens_RD)
   y_RD = local_experts(
-    send(x_TD), local_RK, send(weight_TK), gate_up_ED2F, down_EFD,
+    tokens_RD, local_RK, send(weight_TK), gate_up_ED2F, down_EFD,
     rows=num_devices * T * min(K, local), limit=limit, recipe=recipe,
   )  # fmt: skip
-  back_RD = jax.lax.all_to_all(y_RD.reshape(num_devices, T, -1), sh.EXPERT, 0, 0).reshape(
-    num_devices * T, -1
-  )
+  back_RD = _cross(y_RD) if travel is None else _cross_gradient_in_fp8(travel, y_RD)
   return combine(back_RD, visits_TP.astype(jnp.float32), plan)
+
+
+def _cross(a_RX: jax.Array) -> jax.Array:
+  """[R, X] in one bucket for each device -> what they have for this one. Its own inverse."""
+  bucket_PTX = a_RX.reshape(jax.lax.axis_size(sh.EXPERT), -1, a_RX.shape[1])
+  return jax.lax.all_to_all(bucket_PTX, sh.EXPERT, 0, 0).reshape(a_RX.shape)
+
+
+def _in_fp8(fmt: Format, a_RX: jax.Array) -> jax.Array:
+  """`_cross` with a byte a value under way, and a scale for each 128 of them."""
+  q = quantize_rows(a_RX, fmt)
+  crossed = Quantized(_cross(q.values), _cross(q.scale.T).T)
+  return dequantize_rows(crossed).astype(a_RX.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_in_fp8(fmt: Format, a_RX: jax.Array) -> jax.Array:
+  """`_in_fp8`, whose gradient travels as it is."""
+  return _in_fp8(fmt, a_RX)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_gradient_in_fp8(fmt: Format, a_RX: jax.Array) -> jax.Array:
+  """`_cross`, whose gradient travels in FP8."""
+  del fmt
+  return _cross(a_RX)
+
+
+_cross_in_fp8.defvjp(lambda fmt, a: (_in_fp8(fmt, a), None), lambda fmt, _, da: (_cross(da),))
+_cross_gradient_in_fp8.defvjp(
+  lambda fmt, a: (_cross(a), None), lambda fmt, _, da: (_in_fp8(fmt, da),)
+)
