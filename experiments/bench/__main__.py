@@ -1,8 +1,10 @@
-"""python -m experiments.bench --suite=grouped_matmul [--out=FOLDER] [--only=TEXT]
+"""python -m experiments.bench --suite=grouped_matmul [--out=FOLDER] [--only=TEXT] [--turns=FILE]
 
 On a GPU the rows are kept in experiments/bench/results/<suite>.json. Elsewhere the suite runs tiny
 shapes, to show that it works, and keeps nothing. A selection by --only is kept in a folder given by
---out alone.
+--out alone, where it takes the place of the same rows and leaves the others.
+
+Processes with the same --turns compile at once and are timed one after another.
 """
 
 import importlib
@@ -15,7 +17,7 @@ os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
 
 import jax
 
-from experiments.bench import suites, table
+from experiments.bench import suites, table, timing
 from experiments.command import Parser, one_of
 
 
@@ -26,7 +28,9 @@ def main() -> None:
   parser.add_argument('--suite', type=one_of(names), required=True, help=about)
   parser.add_argument('--out', type=pathlib.Path, default=table.RESULTS, help='folder of results')
   parser.add_argument('--only', default='', help='shapes whose name contains this text')
+  parser.add_argument('--turns', type=pathlib.Path, help='a lock file, held while a row is timed')
   args = parser.parse_args()
+  timing.turns = args.turns
   suite = importlib.import_module(f'experiments.bench.suites.{args.suite}')
   device = jax.devices()[0]
   if device.platform != 'gpu':
@@ -37,7 +41,7 @@ def main() -> None:
     rows += case
     # after every case, so that an interrupted run keeps what it has
     if device.platform == 'gpu' and (args.out != table.RESULTS or not args.only):
-      table.save(rows, args.suite, args.out)
+      table.save(rows, args.suite, args.out, among=bool(args.only))
 
 
 if __name__ == '__main__':

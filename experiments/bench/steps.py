@@ -15,7 +15,7 @@ from moe_jax.analysis.human import count, size
 from moe_jax.config import RunConfig
 from moe_jax.data.pipeline import RowSource
 from moe_jax.train import cost
-from moe_jax.train.state import create
+from moe_jax.train.state import TrainState, create
 from moe_jax.train.step import jit_train_step
 
 # dense bf16 peak of a device, FLOP/s, by the data sheet
@@ -98,25 +98,33 @@ def check_fp8(hlo: str) -> None:
 
 
 class Step:
-  """The training step of `cfg` on the first devices, compiled, with a fresh state."""
+  """The training step of `cfg` on the first devices, compiled; its first run makes a fresh state.
+
+  Until then it holds no memory of the device to speak of, so that others may be timed on it.
+  """
 
   def __init__(self, cfg: RunConfig):
     self.cfg = cfg
     self.mesh = sh.make_mesh(cfg.check_mesh(jax.device_count()))
     with jax.set_mesh(self.mesh):
-      self.state = jax.jit(functools.partial(create, cfg))(jax.random.key(cfg.seed))
+      make, self._key = jax.jit(functools.partial(create, cfg)), jax.random.key(cfg.seed)
+      self.shapes = jax.eval_shape(make, self._key)
       length = cfg.data.sequence_length
-      self.flops_per_token = cost.flops_per_token(cfg.model, self.state.params, length)
+      self.flops_per_token = cost.flops_per_token(cfg.model, self.shapes.params, length)
       place = jax.sharding.NamedSharding(self.mesh, sh.TOKENS)
       found, self.data = batches(cfg, 4)
       self.batches = [jax.device_put(batch, place) for batch in found]
       step = jit_train_step(cfg)
       start = time.perf_counter()
-      self.compiled = step.lower(self.state, self.batches[0]).compile()
+      self.compiled = step.lower(self.shapes, self.batches[0]).compile()
       self.compile_s = time.perf_counter() - start
+      self._make = make.lower(self._key).compile()
+    self.state: TrainState | None = None
     self.metrics: dict[str, Any] = {}
 
   def run(self, steps: int) -> None:
+    if self.state is None:
+      self.state = self._make(self._key)
     for i in range(steps):
       self.state, self.metrics = self.compiled(self.state, self.batches[i % len(self.batches)])
     jax.block_until_ready(self.metrics)
@@ -157,7 +165,7 @@ class Step:
   def predicted_bytes(self) -> int:
     """As the run's card shows it; traces the model again."""
     with jax.set_mesh(self.mesh):
-      return cost.predicted_bytes(self.cfg, self.state)
+      return cost.predicted_bytes(self.cfg, self.shapes)
 
   def describe(self) -> str:
     cfg = self.cfg

@@ -5,11 +5,13 @@ import datetime
 import importlib.metadata
 import json
 import pathlib
+from typing import Any
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
+from experiments.balance.turns import turn
 from experiments.bench.timing import Timing
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
@@ -77,18 +79,36 @@ def show(rows: list[Row], title: str) -> None:
   (console if console.is_terminal else Console(width=160)).print(table)
 
 
-def save(rows: list[Row], suite: str, folder: pathlib.Path = RESULTS) -> pathlib.Path:
+def save(
+  rows: list[Row], suite: str, folder: pathlib.Path = RESULTS, *, among: bool = False
+) -> pathlib.Path:
+  """Writes folder/suite.json.
+
+  Args:
+    among: the file's other rows stay: those that differ in work, shape, sizes or by.
+  """
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / f'{suite}.json'
-  content = {
+  # processes that measure a row each share the file
+  with turn(folder / f'.{suite}.lock' if among else None):
+    kept = [dataclasses.asdict(row) for row in rows]
+    if among and path.exists():
+      identity = lambda row: [row[name] for name in ('work', 'shape', 'sizes', 'by')]
+      new = [identity(row) for row in kept]
+      old = json.loads(path.read_text())['rows']
+      kept = [row for row in old if identity(row) not in new] + kept
+    path.write_text(json.dumps(_content(kept, suite), indent=1) + '\n')
+  return path
+
+
+def _content(rows: list[dict[str, Any]], suite: str) -> dict[str, Any]:
+  return {
     'command': f'python -m experiments.bench --suite={suite}',
     'device': jax.devices()[0].device_kind,
     'date': datetime.date.today().isoformat(),
     'versions': versions(),
-    'rows': [dataclasses.asdict(row) for row in rows],
+    'rows': rows,
   }
-  path.write_text(json.dumps(content, indent=1) + '\n')
-  return path
 
 
 def versions() -> dict[str, str]:

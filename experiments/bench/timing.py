@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import os
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -10,9 +11,13 @@ from typing import Any
 
 import jax
 
+from experiments.balance.turns import turn
+
 # inputs together larger than this cannot have stayed in any chip's last-level cache
 _COLD_BYTES = 256 * 2**20
 _LONG_S = 0.1
+# a lock file, held while something is timed, see experiments.bench
+turns: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +72,14 @@ def measure(
     block(result)
     return (time.perf_counter() - start) / calls
 
-  # a call of seconds is warm after one, and its own repeat
-  if loop(1) > _LONG_S:
-    calls, repeats = 1, min(repeats, 3)
-  else:
-    loop(2)
-    calls = max(2, round(repeat_s / loop(3)))
-  times = [loop(calls) for _ in range(repeats)]
+  with turn(turns):
+    # a call of seconds is warm after one, and its own repeat
+    if loop(1) > _LONG_S:
+      calls, repeats = 1, min(repeats, 3)
+    else:
+      loop(2)
+      calls = max(2, round(repeat_s / loop(3)))
+    times = [loop(calls) for _ in range(repeats)]
   median = statistics.median(times)
   return Timing(median, (max(times) - min(times)) / median)
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 import jax
 import ml_collections
 
+from experiments.balance.turns import turn
 from experiments.bench import steps, table, timing
 from experiments.configs import moe_1b
 from experiments.configs.base import base
@@ -106,7 +107,9 @@ def ours(
   print(f'{name}: {step.describe()}', file=sys.stderr, flush=True)
   if precision == 'fp8_tensor' and jax.default_backend() == 'gpu':
     steps.check_fp8(step.compiled.as_text() or '')
-  seen = step.measure(STEPS if jax.default_backend() == 'gpu' else 1)
+  with turn(timing.turns):
+    seen = step.measure(STEPS if jax.default_backend() == 'gpu' else 1)
+    step.state = None
   cfg = step.cfg
   return [
     table.row_of(
@@ -173,11 +176,12 @@ def transformers() -> list[table.Row]:
   torch.cuda.synchronize()
   torch.cuda.reset_peak_memory_stats()
   times = []
-  for i in range(STEPS):
-    start = time.perf_counter()
-    step(ids[i % len(ids)])
-    torch.cuda.synchronize()
-    times.append(time.perf_counter() - start)
+  with turn(timing.turns):
+    for i in range(STEPS):
+      start = time.perf_counter()
+      step(ids[i % len(ids)])
+      torch.cuda.synchronize()
+      times.append(time.perf_counter() - start)
   median = sorted(times)[len(times) // 2]
   peak = torch.cuda.max_memory_allocated()
   del model, optimizer, loss_of
