@@ -1,18 +1,19 @@
 """What the router's metrics cost: the comparison's step with them all, and with none.
 
-  python -m experiments.balance.metric_cost [--balance=loss_free] [--repeats=40]
+  python -m experiments.balance.metric_cost [--balance=loss_free] [--repeats=200]
 
 The second program returns the loss alone, so the compiler drops whatever only a metric needs. The
-two take turns step by step, on a batch of random ids, and their medians are compared.
+two take turns step by step, on a batch of random ids, each first in every other turn; the cost is
+the median of the turns' differences, with its bootstrap interval: a clock that drifts meets both.
 """
 
 import functools
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments import flags
 from experiments.balance.turns import turn
@@ -43,11 +44,20 @@ def programs(cfg: RunConfig, batch: Any) -> tuple[Any, dict[str, Any]]:
   return make(key), compiled
 
 
+def cost(with_all_s: np.ndarray, alone_s: np.ndarray) -> tuple[float, float, float]:
+  """Median of the turns' differences over the median step alone, and its 95% interval."""
+  drawn = np.random.default_rng(0).integers(0, len(alone_s), (10_000, len(alone_s)))
+  difference_s = with_all_s - alone_s
+  low_s, high_s = np.quantile(np.median(difference_s[drawn], axis=1), [0.025, 0.975])
+  step_s = float(np.median(alone_s))
+  return float(np.median(difference_s)) / step_s, float(low_s) / step_s, float(high_s) / step_s
+
+
 def main() -> None:
   parser = Parser('experiments.balance.metric_cost', __doc__)
   parser.add_argument('--balance', default='loss_free')
   parser.add_argument('--arg', default='h100')
-  parser.add_argument('--repeats', type=int, default=40)
+  parser.add_argument('--repeats', type=int, default=200)
   parser.add_argument('--turns', type=Path, help='a lock file, held while steps are timed')
   args = parser.parse_args()
   c = flags.load('experiments/configs/balance.py', args.arg)
@@ -59,19 +69,18 @@ def main() -> None:
     state, compiled = programs(cfg, batch)
     taken_s: dict[str, list[float]] = {name: [] for name in compiled}
     with turn(args.turns):
-      for _ in range(args.repeats + 3):
-        for name, fn in compiled.items():
+      for i in range(args.repeats + 3):
+        for name, fn in list(compiled.items())[:: 1 if i % 2 else -1]:
           begun_s = time.perf_counter()
           state, metrics = fn(state, batch)
           jax.block_until_ready((state, metrics))
           taken_s[name].append(time.perf_counter() - begun_s)
-  medians = {name: statistics.median(s[3:]) for name, s in taken_s.items()}
-  for name, median_s in medians.items():
-    steady = taken_s[name][3:]
-    spread = (max(steady) - min(steady)) / median_s
-    print(f'{name}: {median_s * 1e3:.2f} ms a step, spread {spread:.1%}')
-  with_all, alone = medians.values()
-  print(f'all metrics of the router together: {with_all / alone - 1:.2%} of the step')
+  steady_s = {name: np.array(s[3:]) for name, s in taken_s.items()}
+  for name, s in steady_s.items():
+    low, median, high = np.quantile(s, [0.1, 0.5, 0.9]) * 1e3
+    print(f'{name}: median {median:.2f} ms a step, 80% of them {low:.2f} to {high:.2f} ms')
+  share, low, high = cost(*steady_s.values())
+  print(f'all metrics of the router together: {share:.2%} of the step ({low:.2%} to {high:.2%})')
 
 
 if __name__ == '__main__':

@@ -41,6 +41,7 @@ BY_LAYER = (
 )  # fmt: skip
 EVALUATED = ('max_vio_global', 'dead_global', 'domain_information', 'coactivation')
 GLOBAL_STEPS = 50  # the last steps, whose loads are summed for the MaxVio of training
+KEPT_STEPS = 200  # the last steps, whose loads are kept: how does MaxVio fall with steps summed?
 
 
 def configure(method: str, arg: str, changes: dict[str, Any]) -> RunConfig:
@@ -113,8 +114,9 @@ class Method:
         begun_s += time.monotonic() - paused_s
     seconds = time.monotonic() - begun_s
     host = [jax.tree.map(np.asarray, m) for m in device]
-    load_LE = np.sum([m['router/load'] for m in host[-GLOBAL_STEPS:]], axis=0)
-    record = {'seconds': np.array(seconds), 'load_LE': load_LE}
+    load_NLE = np.array([m['router/load'] for m in host[-KEPT_STEPS:]], np.int32)
+    load_LE = load_NLE[-GLOBAL_STEPS:].sum(0)
+    record = {'seconds': np.array(seconds), 'load_LE': load_LE, 'load_NLE': load_NLE}
     if evals:
       record |= {
         'eval_steps': np.array([step for step, _ in evals]),
@@ -183,11 +185,11 @@ def main() -> int:
         # what a stress run is judged by needs no evaluation
         evaluates, say = args.arg != 'stress', functools.partial(tell, name)
         method = Method(cfg, args.tokens, evaluates=evaluates, tell=say)
-        with turn(args.turns):
-          for seed, path in todo.items():
+        for seed, path in todo.items():
+          with turn(args.turns):
             record = method.run(seed)
-            np.savez_compressed(path, **record)  # pyright: ignore[reportArgumentType]
-            print(report(name, seed, cfg, record), flush=True)
+          np.savez_compressed(path, **record)  # pyright: ignore[reportArgumentType]
+          print(report(name, seed, cfg, record), flush=True)
       except Exception as e:  # the other methods go on
         print(f'{name}: FAILED: {type(e).__name__}: {str(e)[:600]}', flush=True)
         failed = True
