@@ -114,7 +114,7 @@ class Method:
         begun_s += time.monotonic() - paused_s
     seconds = time.monotonic() - begun_s
     host = [jax.tree.map(np.asarray, m) for m in device]
-    load_NLE = np.array([m['router/load'] for m in host[-KEPT_STEPS:]], np.int32)
+    load_NLE = np.array([m['router/load'] for m in host[-KEPT_STEPS:]], np.float32)
     load_LE = load_NLE[-GLOBAL_STEPS:].sum(0)
     record = {'seconds': np.array(seconds), 'load_LE': load_LE, 'load_NLE': load_NLE}
     if evals:
