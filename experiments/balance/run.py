@@ -185,11 +185,12 @@ def main() -> int:
         # what a stress run is judged by needs no evaluation
         evaluates, say = args.arg != 'stress', functools.partial(tell, name)
         method = Method(cfg, args.tokens, evaluates=evaluates, tell=say)
-        for seed, path in todo.items():
-          with turn(args.turns):
+        # all seeds in one turn: a process that waits between two would keep its memory
+        with turn(args.turns):
+          for seed, path in todo.items():
             record = method.run(seed)
-          np.savez_compressed(path, **record)  # pyright: ignore[reportArgumentType]
-          print(report(name, seed, cfg, record), flush=True)
+            np.savez_compressed(path, **record)  # pyright: ignore[reportArgumentType]
+            print(report(name, seed, cfg, record), flush=True)
       except Exception as e:  # the other methods go on
         print(f'{name}: FAILED: {type(e).__name__}: {str(e)[:600]}', flush=True)
         failed = True
