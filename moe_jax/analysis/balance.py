@@ -2,7 +2,7 @@
 
   python -m moe_jax.analysis.balance --runs=runs/balance --out=docs/balance
 
-writes tables.md, results.json (numbers of every run) and three pictures.
+writes tables.md, results.json (numbers of every run) and pictures.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from moe_jax.analysis.stability import stability
 # S seeds  B batches of validation text
 
 BASELINE = 'aux 1e-3'
+GLOBAL = 50  # last steps summed for a training run's global MaxVio
 LAST = 20  # steps that a value at the end is a mean of
 COLOURS = (
   '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#6B6B6B', '#222222',
@@ -184,6 +185,43 @@ def balance_over_time(records: Records) -> Figure:
   return style.title(fig, finding)
 
 
+def max_vio_by_steps(load_NLE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Numbers of last steps, and the MaxVio of each number's loads together, mean over layers."""
+  total_NLE = load_NLE[::-1].cumsum(0, dtype=np.float64)
+  vio_N = (total_NLE.max(-1) / total_NLE.mean(-1) - 1).mean(-1)
+  return np.arange(1, len(vio_N) + 1), vio_N
+
+
+@style.styled
+def balance_by_steps(records: Records) -> Figure:
+  """How far uneven loads of single steps even out: chance falls as one over the root of steps."""
+  fig, (axes,) = style.panels(4.2)
+  ends = {}
+  for i, (method, by_seed) in enumerate(records.items()):
+    curves = [max_vio_by_steps(r['load_NLE']) for r in by_seed.values() if 'load_NLE' in r]
+    if not curves:
+      continue
+    steps_N, vio_N = curves[0][0], np.mean([vio_N for _, vio_N in curves], axis=0)
+    axes.plot(steps_N, vio_N, color=COLOURS[i % len(COLOURS)], label=method)
+    axes.plot(
+      steps_N, vio_N[0] / np.sqrt(steps_N), color=COLOURS[i % len(COLOURS)], ls=':', linewidth=1
+    )
+    ends[method] = vio_N
+  axes.set(xlabel='last steps summed (dotted: by chance)', ylabel='MaxVio', xscale='log')
+  axes.set_yscale('log')
+  plain = FuncFormatter(lambda x, _: f'{x:g}' if f'{x:e}'[0] in '125' else '')
+  for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_formatter(plain)
+    axis.set_minor_formatter(plain)
+  _legend(axes)
+  evenest = min(ends, key=lambda m: ends[m][-1])
+  finding = (
+    f'{evenest}: MaxVio {ends[evenest][0]:.2f} of one step, {ends[evenest][GLOBAL - 1]:.3f} of '
+    f'{GLOBAL}, {ends[evenest][-1]:.3f} of {len(ends[evenest])}'
+  )
+  return style.title(fig, finding)
+
+
 @style.styled
 def specialisation(records: Records) -> Figure:
   """Bits that an expert tells of its token's domain at the end: mean, and every run a dot."""
@@ -230,6 +268,8 @@ def main() -> None:
     'max_vio': balance_over_time(records),
     'specialisation': specialisation(records),
   }
+  if any('load_NLE' in r for by_seed in records.values() for r in by_seed.values()):
+    drawn['steps'] = balance_by_steps(records)
   for name, figure in drawn.items():
     figure.savefig(args.out / f'{name}.png')
   print('\n\n'.join(parts))
