@@ -1,48 +1,35 @@
-"""At what learning rate each balancing method breaks: the rate rises until its gradients do.
+"""Balancing methods at learning rates that are too high: a rate that rises, or is high throughout.
 
   python -m experiments.balance.ramp --tokens=tokens.xz --out=runs/ramp [--seeds=0,1,2]
   python -m moe_jax.analysis.ramp --runs=runs/ramp --out=docs/balance
 
-After a while at `optim.lr_peak` the rate climbs by stairs of 15%. The methods' strengths are
-carried in the state, so that one compiled program serves them all. A run leaves
-OUT/METHOD-SEED.npz; one that is there is not made again.
+After a while at `optim.lr_peak` the rate climbs by stairs of 15%. With --arg=stress it is four
+times the comparison's, unclipped, on the whole model. The methods' strengths are carried in the
+state, so that one compiled program serves them all. A run leaves OUT/ARG-METHOD-SEED.npz; one that
+is there is not made again.
 """
 
-import dataclasses
 import functools
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from experiments import flags
+from experiments.balance.dialled import STRENGTHS, dial, register
 from experiments.balance.tokens import Rows
+from experiments.balance.turns import turn
 from experiments.command import Parser
 from moe_jax import config_io
 from moe_jax import sharding as sh
 from moe_jax.config import RunConfig
-from moe_jax.routing import Gate, Idea, Seen, Sizes, State
-from moe_jax.routing.expert_level import ExpertLevel
-from moe_jax.routing.loss_free import LossFree
-from moe_jax.train.state import TrainState, create
+from moe_jax.train.state import create
 from moe_jax.train.step import jit_train_step
 
-# L layers  E experts
-
-METHODS: dict[str, dict[str, float]] = {
-  'none': {},
-  'loss-free 1e-2': {'rate': 1e-2},
-  'aux 1e-3': {'weight': 1e-3},
-  'aux 1e-2': {'weight': 1e-2},
-  'proportional 1e-2': {'proportional': 1e-2},
-  'loss-free 1e-3': {'rate': 1e-3},
-}
 STAIR = 1.15  # the learning rate of a stair over that of the one before
 STAIRS = 20  # it ends at 16 times its start
 FLAT = 0.3  # of the steps before the first stair
@@ -53,40 +40,13 @@ KEPT = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Dialled(Idea):
-  """`expert_level` and both rules of `loss_free`, whose strengths are state and not constants."""
-
-  name: ClassVar[str] = ''  # named by `configure`: importing this file adds no idea to the others
-
-  def init(self, key: jax.Array, sizes: Sizes) -> State:
-    return {name: jnp.zeros(()) for name in ('weight', 'rate', 'proportional')}
-
-  def loss(self, gate: Gate, state: State) -> Float[Array, '']:
-    return state['weight'] * ExpertLevel(weight=1.0).loss(gate, {})
-
-  def update_bias(
-    self, bias_LE: Float[Array, 'L E'], state: State, seen: Seen
-  ) -> Float[Array, 'L E']:
-    for name, rule in (('rate', 'sign'), ('proportional', 'proportional')):
-      step_LE = LossFree(rate=1.0, rule=rule).update_bias(jnp.zeros_like(bias_LE), {}, seen)
-      bias_LE += state[name][:, None] * step_LE
-    return bias_LE
-
-
-def dial(state: TrainState, strengths: dict[str, float]) -> TrainState:
-  """A fresh state whose layers all balance this strongly."""
-  at = lambda path, zero: zero + strengths.get(path[-1].key, 0.0)
-  return state._replace(ideas=jax.tree_util.tree_map_with_path(at, state.ideas))
-
-
 def configure(arg: str, changes: dict[str, Any]) -> RunConfig:
-  Dialled.name = 'dialled'
   c = flags.load('experiments/configs/balance.py', arg)
-  c.balance = Dialled.name
-  stairs_at = np.linspace(FLAT, 1, STAIRS, endpoint=False).round(4)
-  stairs = {'schedule': 'steps', 'step_factor': STAIR, 'step_fractions': tuple(stairs_at.tolist())}
-  c.update_from_flattened_dict(changes | {f'optim.{name}': v for name, v in stairs.items()})
+  c.balance = register()
+  if arg == 'ramp':
+    c.optim.schedule, c.optim.step_factor = 'steps', STAIR
+    c.optim.step_fractions = tuple(np.linspace(FLAT, 1, STAIRS, endpoint=False).round(4).tolist())
+  c.update_from_flattened_dict(changes)
   return config_io.build(c.to_dict())
 
 
@@ -127,8 +87,9 @@ def main() -> None:
   parser = Parser('experiments.balance.ramp', __doc__)
   parser.add_argument('--tokens', type=Path, required=True, help='of experiments.balance.tokens')
   parser.add_argument('--out', type=Path, required=True, help='folder of the results')
-  parser.add_argument('--arg', default='ramp', help='of the config')
+  parser.add_argument('--arg', default='ramp', help='of the config: ramp or stress')
   parser.add_argument('--seeds', default='0,1,2', help='of the initial parameters')
+  parser.add_argument('--turns', type=Path, help='a lock file, held while a run trains')
   parser.add_argument('--set', default='{}', help='JSON of further fields of the config')
   args = parser.parse_args()
   try:
@@ -142,11 +103,12 @@ def main() -> None:
     ramp = Ramp(cfg, args.tokens)
     # a run that is cut off leaves whole seeds of every method behind
     for seed in map(int, args.seeds.split(',')):
-      for name, strengths in METHODS.items():
-        path = args.out / f'{name}-{seed}.npz'
+      for name, strengths in STRENGTHS.items():
+        path = args.out / f'{args.arg}-{name}-{seed}.npz'
         if path.exists():
           continue
-        record = ramp.run(strengths, seed)
+        with turn(args.turns):
+          record = ramp.run(strengths, seed)
         np.savez_compressed(path, **record)  # pyright: ignore[reportArgumentType]
         loss_N = record['train/lm_loss']
         tell(

@@ -130,7 +130,7 @@ def main() -> None:
   parser.add_argument('--out', type=Path, required=True)
   args = parser.parse_args()
   args.out.mkdir(parents=True, exist_ok=True)
-  runs = read(args.runs)
+  runs = read(args.runs, 'ramp-')
   results = json.dumps(rounded(runs, numbers), indent=1)
   (args.out / 'ramp.json').write_text(results + '\n')
   over_steps(runs).savefig(args.out / 'ramp.png')
