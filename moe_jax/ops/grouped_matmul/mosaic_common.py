@@ -25,8 +25,6 @@ class Launch:
   """
 
   pair: int
-  # warpgroups that multiply; one more loads
-  multiplying: int = 2
 
   @property
   def multicast(self) -> str | None:
@@ -50,11 +48,10 @@ class Launch:
 
   def set_registers(self, *, multiplies: bool) -> None:
     """An SM has registers for 504 a thread, if one warpgroup's threads are asked."""
-    many, few = {2: (232, 40), 3: (160, 32)}[self.multiplying]
     if multiplies:
-      plgpu.set_max_registers(many, action='increase')
+      plgpu.set_max_registers(232, action='increase')
     else:
-      plgpu.set_max_registers(few, action='decrease')
+      plgpu.set_max_registers(40, action='decrease')
 
   def barrier(
     self, *, num_arrivals: int, num_barriers: int
@@ -77,7 +74,7 @@ class Launch:
       scratch_types=scratch_types,
       grid=(self._units,),
       grid_names=('sm',),
-      num_threads=self.multiplying + 1,
+      num_threads=3,
       thread_name='warpgroup',
       kernel_name=name,
       compiler_params=plgpu.CompilerParams(approx_math=True),

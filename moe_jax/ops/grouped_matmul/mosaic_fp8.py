@@ -1,11 +1,10 @@
-"""What the two FP8 kernels for Hopper share: the pipeline of one tile of m x 128 sums.
+"""What the two FP8 kernels for Hopper share: the pipeline of one tile of 128 x 128 sums.
 
   block        128 of the contracted dimension, over which each operand has one scale per row
   unit         64 x 128 sums of one block in a fresh accumulator of the tensor cores, scaled and
                added to float32 registers ("promoted") when it is complete
-  warpgroups   each has 64 of the tile's rows. Of two (m = 128), each multiplies its next unit
-               while it promotes the last: registers for two units and the sums, 192 of 232. Of
-               three (m = 192), each has registers for one, and multiplies while others promote
+  warpgroups   two, each with 64 of the tile's rows, multiply their next unit while they promote
+               the last: registers for two units and the sums, 192 of 232. A third loads
   round        4 blocks: each has its own slot in shared memory, always the same, and their scales
                come together. Fixed slots make barriers and addresses constants, for the sake of
                the last warpgroup, which has 512 cycles for all it takes to load one block
@@ -13,9 +12,8 @@
 Warpgroups read the scales through another proxy than TMA writes them; a fence a round keeps TMA
 from overtaking them.
 
-A unit reads 24 KiB of shared memory in the 256 cycles it multiplies, and TMA writes 16 KiB (m =
-128) or 13 KiB (m = 192) in that time: 125% or 117% of what shared memory moves. That, then the
-power limit, is the bound.
+A unit reads 24 KiB of shared memory in the 256 cycles it multiplies, and TMA writes 16 KiB in that
+time: 125% of what shared memory moves. That, then the power limit, is the bound.
 """
 
 from collections.abc import Callable
@@ -67,7 +65,7 @@ def num_rounds(num_blocks: jax.Array) -> jax.Array:
 
 def scratch(launch: Launch, dtype: jnp.dtype, scales: dict[str, Any]) -> Pipe:
   operand = lambda rows: plgpu.SMEM((ROUND, rows, BLOCK), dtype, transforms=smem_layout(BLOCK, 1))
-  readers = launch.multiplying
+  readers = 2
   return Pipe(
     operand(readers * SLAB),
     operand(BLOCK),
@@ -87,7 +85,7 @@ def contract(
   promote: Callable[[Any, jax.Array, jax.Array, jax.Array | int], Any],
   *,
   overlap: bool,
-  unroll: bool = False,
+  unroll: bool,
 ) -> Any:
   """Multiplies all blocks of a tile: sums = promote(sums, product, slot and index of scales).
 

@@ -5,14 +5,11 @@
 
 The pipeline is that of mosaic_fp8.py, the order of tiles that of mosaic_rows.py. Groups start on
 multiples of 128 rows, so no slab of 64 rows belongs to two experts, and every slab leaves whole.
-FP8 operands of wgmma must both be contiguous along K, hence w is [E, N, K].
-
-A pair of blocks has neighbouring columns; each loads half of their common x and multicasts it.
+FP8 operands of wgmma must both be contiguous along K, hence w is [E, N, K]. No pairs: blocks that
+shared x were level or slower, and waited for ever where the last pair had one column of tiles.
 """
 
 # R rows  K contracted  N columns of y  E experts  B blocks of 128 along K
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,32 +43,32 @@ def rows_matmul(
   """w_scale is [E, N/128, K/128]; `work` is of tiles of 128 rows."""
   (num_rows, k), n = x_RK.shape, w_ENK.shape[1]
   blocks, columns = k // BLOCK, n // BLOCK
-  launch = Launch(tile.pair, multiplying=tile.m // SLAB)
+  launch = Launch(pair=1)
   # TMA faults at a start that is not on 16 bytes: each row of scales takes whole rounds
   whole_rounds = -(-blocks // ROUND) * ROUND
   pad = (0, 0), (0, 0), (0, whole_rounds - blocks)
   w_scale_ENB = jnp.pad(w_scale_ENB, pad)
   # unrolled rounds and a loop for the rest together spill registers; up to a tenth of blocks of
   # zeros cost less than what a loop loses
-  overlap = tile.m == 128 and whole_rounds * 10 <= blocks * 11
+  overlap = whole_rounds * 10 <= blocks * 11
   if overlap:
     blocks = whole_rounds
 
   def kernel(x_g, sx_g, w_g, sw_g, tile_g, count_g, y_g, pipe, y_s):
     group = lax.axis_index('warpgroup')
     tile_rows = count_g[0]
-    total = tile_rows * pl.cdiv(columns, tile.pair)
+    total = tile_rows * columns
     my_tiles = launch.share(total)
 
     def where(i):
       """Column, then expert, base, live, own of this block's i-th tile."""
       at = lax.min(launch.index(i), total - 1)
-      m, pair_column = strip_order(at, tile_rows, pl.cdiv(columns, tile.pair), tile.strip)
-      return launch.of_pair(pair_column), *(tile_g[m, c] for c in (0, 1, 3, 4))
+      m, column = strip_order(at, tile_rows, columns, tile.strip)
+      return column, *(tile_g[m, c] for c in (0, 1, 3, 4))
 
     blocks_of = lambda live: jnp.where(live > 0, blocks, 0).astype(jnp.int32)
 
-    @pl.when(group < launch.multiplying)
+    @pl.when(group < 2)
     def _():
       launch.set_registers(multiplies=True)
       first = group * SLAB
@@ -90,18 +87,19 @@ def rows_matmul(
         # before the products, which hide the latency of these loads and divisions
         upcoming = where(i + 1)
         todo = blocks_of(live)
-        # the last column of a pair may not exist
-        mine = (column < columns) & (live > first)
+        mine = live > first
 
         @pl.when(mine)
         def _():
-          sums = mosaic_fp8.contract(pipe, done, todo, zeros(), promote, overlap=overlap)
+          sums = mosaic_fp8.contract(
+            pipe, done, todo, zeros(), promote, overlap=overlap, unroll=False
+          )
           store(sums, base, column, live, own)
 
         @pl.when(jnp.logical_not(mine))
         def _():
           mosaic_fp8.pass_by(pipe, done, todo)
-          pl.when(column < columns)(lambda: store(zeros(), base, column, live, own))
+          store(zeros(), base, column, live, own)
 
         return done.after(todo), upcoming
 
@@ -130,7 +128,7 @@ def rows_matmul(
       lax.fori_loop(0, my_tiles, multiply, (mosaic_fp8.start(), where(jnp.int32(0))))
       plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(group == launch.multiplying)
+    @pl.when(group == 2)
     def _():
       launch.set_registers(multiplies=False)
 
@@ -138,18 +136,17 @@ def rows_matmul(
         column, expert, base, live, _ = where(i)
         at_m = pl.ds(pl.multiple_of(base, SLAB), tile.m)
         at_n = pl.ds(column * BLOCK, BLOCK)
-        shared: Any = {'collective_axes': launch.multicast}
 
-        # past row R, column N or K, TMA writes zeros and moves nothing
+        # past row R or column K, TMA writes zeros and moves nothing
         def copy_block(block, slot, ready):
           at_k = pl.ds(block * BLOCK, BLOCK)
-          plgpu.copy_gmem_to_smem(x_g.at[at_m, at_k], pipe.a_s.at[slot], ready, **shared)
+          plgpu.copy_gmem_to_smem(x_g.at[at_m, at_k], pipe.a_s.at[slot], ready)
           plgpu.copy_gmem_to_smem(w_g.at[expert, at_n, at_k], pipe.b_s.at[slot], ready)
 
         def copy_scales(block, slot, ready):
           of_x = sx_g.at[pl.ds(block, ROUND), at_m]
           of_w = sw_g.at[pl.ds((expert * columns + column) * whole_rounds + block, _TMA_FLOATS)]
-          plgpu.copy_gmem_to_smem(of_x, pipe.scales_s['x'].at[slot], ready, **shared)
+          plgpu.copy_gmem_to_smem(of_x, pipe.scales_s['x'].at[slot], ready)
           plgpu.copy_gmem_to_smem(of_w, pipe.scales_s['w'].at[slot], ready)
 
         mosaic_fp8.load(pipe, done, blocks_of(live), copy_block, copy_scales)
@@ -167,7 +164,7 @@ def rows_matmul(
     scratch_types=(
       mosaic_fp8.scratch(launch, x_RK.dtype, scales),
       plgpu.SMEM(
-        (launch.multiplying, _BUFFERS, SLAB, _CHUNK),
+        (2, _BUFFERS, SLAB, _CHUNK),
         dtype,
         transforms=smem_layout(_CHUNK, dtype.itemsize),
       ),

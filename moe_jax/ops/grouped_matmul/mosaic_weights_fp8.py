@@ -53,10 +53,8 @@ def weights_matmul(
   d, f, num_experts = x_DR.shape[0], dy_FR.shape[0], group_E2.shape[0]
   # the unit of work is a pair of tiles, one above the other, with dy in common
   unit_rows, columns = pl.cdiv(d, tile.m * tile.pair), f // BLOCK
-  launch = Launch(tile.pair, multiplying=tile.m // SLAB)
+  launch = Launch(tile.pair)
   num_units = num_experts * unit_rows * columns
-  # one for every piece of a tile, but for float32 of tiles of 192 rows
-  buffers = 2 if tile.m * dtype.itemsize > 512 else BLOCK // _CHUNK
 
   def kernel(x_g, sx_g, dy_g, sy_g, group_g, dw_g, pipe, dw_s):
     group = lax.axis_index('warpgroup')
@@ -70,7 +68,7 @@ def weights_matmul(
       row, column = strip_order(inside, unit_rows, columns, tile.strip)
       return launch.of_pair(row), column, expert, group_g[expert, 0], group_g[expert, 1]
 
-    @pl.when(group < launch.multiplying)
+    @pl.when(group < 2)
     def _():
       launch.set_registers(multiplies=True)
       chunks = range(0, BLOCK, _CHUNK)
@@ -96,12 +94,10 @@ def weights_matmul(
           if into_EDF is not None:
             before = plgpu.load(to, layout=plgpu.Layout.WGMMA, optimized=False)
             total = total + before.astype(jnp.float32)
-          buffer = dw_s.at[group, i % buffers]
+          buffer = dw_s.at[group, i]
           if i == 0:
             # all of the last tile
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-          elif i >= buffers:
-            plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
           buffer[...] = total.astype(dtype)
           plgpu.commit_smem()
           plgpu.copy_smem_to_gmem(buffer, to)
@@ -112,7 +108,7 @@ def weights_matmul(
         upcoming = where(i + 1)
         zeros = plgpu.layout_cast(jnp.zeros((SLAB, _CHUNK), jnp.float32), plgpu.Layout.WGMMA)
         sums = mosaic_fp8.contract(
-          pipe, done, blocks, [zeros for _ in chunks], promote, overlap=False, unroll=tile.m == 128
+          pipe, done, blocks, [zeros for _ in chunks], promote, overlap=False, unroll=True
         )
         first = row * tile.m + group * SLAB
         # the last tile of a pair may not exist
@@ -122,7 +118,7 @@ def weights_matmul(
       lax.fori_loop(0, my_tiles, multiply, (mosaic_fp8.start(), where(jnp.int32(0))))
       plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(group == launch.multiplying)
+    @pl.when(group == 2)
     def _():
       launch.set_registers(multiplies=False)
 
@@ -154,7 +150,7 @@ def weights_matmul(
     scratch_types=(
       mosaic_fp8.scratch(launch, x_DR.dtype, scales),
       plgpu.SMEM(
-        (launch.multiplying, buffers, SLAB, _CHUNK),
+        (2, BLOCK // _CHUNK, SLAB, _CHUNK),
         dtype,
         transforms=smem_layout(_CHUNK, dtype.itemsize),
       ),

@@ -32,22 +32,22 @@ class Tile:
 
   def fits(self, op: str) -> bool:
     if op in FP8:
-      return self.m in (128, 192) and replace(self, m=128, pair=1, strip=8) == _FP8
+      return replace(self, pair=1, strip=8) == _FP8 and (self.pair == 1 or op == 'wgrad_fp8')
     ring = self.stages * (self.m + self.n) * self.k * 2
     staging = _WEIGHTS_BYTES if op == 'wgrad' else self.m * self.n * 2 + _EDGE_BYTES
     return ring + staging <= _SMEM_BYTES
 
 
-# mosaic_fp8.py has two or three warpgroups of 64 rows, and a choice of pairs and strips
+# what mosaic_fp8.py is written for; strips may differ, and wgrad's blocks may come in pairs
 _FP8 = Tile(m=128, n=128, k=128, stages=4)
 # the rule for each
-FP8 = {'forward_fp8': _FP8, 'wgrad_fp8': _FP8}
+FP8 = {'forward_fp8': _FP8, 'wgrad_fp8': replace(_FP8, pair=2)}
 
 
 def candidates(op: str, n: int) -> list[Tile]:
   """Tile shapes for the autotuner to try, at one strip height."""
   if op in FP8:
-    return [replace(_FP8, m=m, pair=pair) for m in (128, 192) for pair in (1, 2)]
+    return [tile for pair in (1, 2) if (tile := replace(_FP8, pair=pair)).fits(op)]
   shapes = [(128, 256, 3)] if n > 128 else [(128, 128, 5)]
   if op != 'wgrad':
     # wgrad has one slab of wgmma rows for each of its two warpgroups
