@@ -61,10 +61,12 @@ def by_masks(monkeypatch):
 
 
 def distance(a, b):
-  return [
-    np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-12)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-  ]
+  """Of every leaf, by its name: relative Frobenius."""
+  pairs = zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True)
+  return {
+    jax.tree_util.keystr(path): np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-12)
+    for (path, x), y in pairs
+  }
 
 
 @pytest.mark.gpu
@@ -76,8 +78,11 @@ def test_kernels_train_as_masks_do(name, monkeypatch):
   by_masks(monkeypatch)
   masked, exact = (gradient(MODELS[name], p, 544) for p in ('bfloat16', 'float32'))
   # entries and blocks at the cut of a choice change places with any rounding
-  for got, allowed in zip(distance(kernels, exact), distance(masked, exact), strict=True):
-    assert got <= 1.25 * allowed + 5e-3
+  got, allowed = distance(kernels, exact), distance(masked, exact)
+  worse = {
+    name: (got[name], allowed[name]) for name in got if got[name] > 1.25 * allowed[name] + 5e-3
+  }
+  assert not worse
 
 
 @pytest.mark.slow
@@ -86,5 +91,4 @@ def test_moba_by_kernels_is_moba_by_masks(monkeypatch):
   cfg = kinds.tiny('moba', moba=small, num_layers=1, num_dense_layers=1)
   exact = gradient(cfg, 'float32', 50)
   monkeypatch.setattr(moba.moba, 'unsupported', lambda *_: None)
-  for got in distance(gradient(cfg, 'float32', 50), exact):
-    assert got < 1e-5
+  assert max(distance(gradient(cfg, 'float32', 50), exact).values()) < 1e-5
