@@ -55,9 +55,8 @@ def configure(method: str, arg: str, changes: dict[str, Any]) -> RunConfig:
 class Method:
   """One method, compiled."""
 
-  def __init__(self, cfg: RunConfig, tokens: Path, *, evaluates: bool, tell: Callable[[str], None]):
+  def __init__(self, cfg: RunConfig, tokens: Path, *, tell: Callable[[str], None]):
     self.cfg, length, self._tell = cfg, cfg.data.sequence_length, tell
-    self._evaluates = evaluates
     self._train, self._validation = (
       Rows(tokens, split, length=length) for split in ('train', 'validation')
     )
@@ -69,10 +68,9 @@ class Method:
     step: Any = jit_train_step(cfg)
     tell('compiling the step')
     self._step = step.lower(state, batch).compile()
-    if evaluates:
-      tell('compiling the evaluation')
-      eval_step: Any = jax.jit(make_eval_step(cfg))
-      self._eval_step = eval_step.lower(state, batch, self._bytes_V).compile()
+    tell('compiling the evaluation')
+    eval_step: Any = jax.jit(make_eval_step(cfg))
+    self._eval_step = eval_step.lower(state, batch, self._bytes_V).compile()
     tell('compiled')
 
   def _batch(self, rows: Rows, index: int) -> dict[str, jax.Array]:
@@ -105,7 +103,7 @@ class Method:
       if i in (0, 10, 30):
         self._tell(f'seed {seed} has done step {i + 1}')
       due = (i + 1) % self.cfg.eval.interval_steps == 0 or i + 1 == self.cfg.steps
-      if due and self._evaluates:
+      if due:
         jax.block_until_ready(metrics)
         paused_s = time.monotonic()
         loss_B, routing = self.evaluate(state)
@@ -116,16 +114,17 @@ class Method:
     host = [jax.tree.map(np.asarray, m) for m in device]
     load_NLE = np.array([m['router/load'] for m in host[-KEPT_STEPS:]], np.float32)
     load_LE = load_NLE[-GLOBAL_STEPS:].sum(0)
-    record = {'seconds': np.array(seconds), 'load_LE': load_LE, 'load_NLE': load_NLE}
-    if evals:
-      record |= {
-        'eval_steps': np.array([step for step, _ in evals]),
-        'eval_loss': np.stack([loss_B for _, loss_B in evals]),  # by step and batch
-        'load_LGE': routings[-1].load_LGE,
-        'overlap': np.array([overlap(r.chosen_LTK, routings[-1].chosen_LTK) for r in routings]),
-      }
-      for name in EVALUATED:
-        record[f'eval/{name}'] = np.array([r.metrics(None)[f'router/{name}'] for r in routings])
+    record = {
+      'seconds': np.array(seconds),
+      'load_LE': load_LE,
+      'load_NLE': load_NLE,
+      'eval_steps': np.array([step for step, _ in evals]),
+      'eval_loss': np.stack([loss_B for _, loss_B in evals]),  # by step and batch
+      'load_LGE': routings[-1].load_LGE,
+      'overlap': np.array([overlap(r.chosen_LTK, routings[-1].chosen_LTK) for r in routings]),
+    }
+    for name in EVALUATED:
+      record[f'eval/{name}'] = np.array([r.metrics(None)[f'router/{name}'] for r in routings])
     for name in SCALARS:
       record[name] = np.array([m[name] for m in host], np.float32)
     for name in BY_LAYER:
@@ -138,14 +137,10 @@ class Method:
 def report(method: str, seed: int, cfg: RunConfig, record: dict[str, np.ndarray]) -> str:
   vio_L = record['load_LE'].max(-1) / record['load_LE'].mean(-1) - 1
   rate = (cfg.steps - 1) * cfg.tokens_per_step / record['seconds']
-  evaluated = ''
-  if 'eval_loss' in record:
-    evaluated = (
-      f'validation {record["eval_loss"][-1].mean():.4f}, MaxVio there '
-      f'{record["eval/max_vio_global"][-1].mean():.3f}; '
-    )
   return (
-    f'{method:15} seed {seed}: {evaluated}training {record["train/lm_loss"][-20:].mean():.4f}, '
+    f'{method:15} seed {seed}: validation {record["eval_loss"][-1].mean():.4f}, MaxVio there '
+    f'{record["eval/max_vio_global"][-1].mean():.3f}; '
+    f'training {record["train/lm_loss"][-20:].mean():.4f}, '
     f'MaxVio batch {record["router/max_vio"][-20:].mean():.3f}, last steps {vio_L.mean():.3f} '
     f'(worst {vio_L.max():.3f}), dead {record["router/dead_experts"][-20:].mean():.1f} a layer; '
     f'refused {int(record["guard/skipped"].sum())}, {record["seconds"]:.1f} s, '
@@ -157,7 +152,7 @@ def main() -> int:
   parser = Parser('experiments.balance.run', __doc__)
   parser.add_argument('--tokens', type=Path, required=True, help='of experiments.balance.tokens')
   parser.add_argument('--out', type=Path, required=True, help='folder of the results')
-  parser.add_argument('--arg', default='h100', help='of the config: h100, stress or tiny')
+  parser.add_argument('--arg', default='h100', help='of the config: h100 or tiny')
   names = ','.join(METHODS)
   parser.add_argument('--methods', default=names, help=f'some of {", ".join(METHODS)}')
   parser.add_argument('--seeds', default='0,1,2', help='of the initial parameters')
@@ -182,9 +177,7 @@ def main() -> int:
       try:
         if not todo:
           continue
-        # what a stress run is judged by needs no evaluation
-        evaluates, say = args.arg != 'stress', functools.partial(tell, name)
-        method = Method(cfg, args.tokens, evaluates=evaluates, tell=say)
+        method = Method(cfg, args.tokens, tell=functools.partial(tell, name))
         # all seeds in one turn: a process that waits between two would keep its memory
         with turn(args.turns):
           for seed, path in todo.items():

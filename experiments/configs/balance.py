@@ -3,8 +3,8 @@
   python -m experiments.balance.run --tokens=tokens.xz --out=runs/balance
 
 runs every method and seed of `experiments.balance.methods` with it; `:tiny` is the same in small,
-for a CPU; `:stress` has four times the learning rate, unclipped; `:ramp` is shallow, for
-`experiments.balance.ramp`. A single run on text:
+for a CPU. `experiments.balance.ramp` is for the others: `:stress` has four times the learning rate,
+unclipped; in `:climb` it rises from there; `:ramp` is shallow. A single run on text:
 
   python -m moe_jax.data.build_corpus --out=corpus
   python -m experiments.run --config=experiments/configs/balance.py --workdir=runs/balance
@@ -18,7 +18,7 @@ DOMAINS = ('code_cpp', 'code_py', 'en_api', 'en_lit', 'en_ref', 'xx_he')
 
 
 def get_config(arg: str = 'h100') -> ml_collections.ConfigDict:
-  check_argument(arg, 'h100', 'stress', 'ramp', 'tiny')
+  check_argument(arg, 'h100', 'stress', 'climb', 'ramp', 'tiny')
   c = base()
   c.steps = 600
   c.precision = 'bfloat16'
@@ -55,7 +55,7 @@ def get_config(arg: str = 'h100') -> ml_collections.ConfigDict:
   c.eval.batches = 8
   c.checkpoint.interval_steps = 1_000
 
-  if arg == 'stress':
+  if arg in ('stress', 'climb'):
     c.steps = 250
     c.optim.lr_peak = 4e-3
     c.optim.clip_norm = 1e9  # clipping would hide the spikes
