@@ -90,12 +90,17 @@ def main() -> None:
   parser.add_argument('--tokens', type=Path, required=True, help='of experiments.balance.tokens')
   parser.add_argument('--out', type=Path, required=True, help='folder of the results')
   parser.add_argument('--arg', default='ramp', help='of the config: ramp, climb or stress')
+  names = ','.join(STRENGTHS)
+  parser.add_argument('--methods', default=names, help=f'some of {", ".join(STRENGTHS)}')
   parser.add_argument('--seeds', default='0,1,2', help='of the initial parameters')
   parser.add_argument('--turns', type=Path, help='a lock file, held while a run trains')
   parser.add_argument('--set', default='{}', help='JSON of further fields of the config')
   args = parser.parse_args()
   try:
-    cfg = configure(args.arg, json.loads(args.set))
+    cfg, methods = configure(args.arg, json.loads(args.set)), args.methods.split(',')
+    for name in methods:
+      if name not in STRENGTHS:
+        raise ValueError(f'--methods: {name!r} is not one. {config_io.nearest(name, STRENGTHS)}')
   except (ValueError, KeyError) as error:
     parser.error(flags.one_line(error))
   if not args.tokens.is_file():
@@ -105,12 +110,12 @@ def main() -> None:
     ramp = Ramp(cfg, args.tokens)
     # a run that is cut off leaves whole seeds of every method behind
     for seed in map(int, args.seeds.split(',')):
-      for name, strengths in STRENGTHS.items():
+      for name in methods:
         path = args.out / f'{args.arg}-{name}-{seed}.npz'
         if path.exists():
           continue
         with turn(args.turns):
-          record = ramp.run(strengths, seed)
+          record = ramp.run(STRENGTHS[name], seed)
         np.savez_compressed(path, **record)  # pyright: ignore[reportArgumentType]
         loss_N = record['train/lm_loss']
         tell(
