@@ -11,7 +11,14 @@ from jax import P
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_jax.ops.grouped_matmul import grouped_matmul, mosaic_gpu, reference, tiles
+from moe_jax.ops.grouped_matmul import (
+  grouped_matmul,
+  mosaic_gpu,
+  mosaic_rows,
+  mosaic_weights,
+  reference,
+  tiles,
+)
 from moe_jax.ops.grouped_matmul.mosaic_common import strip_order
 from moe_jax.ops.grouped_matmul.specs import LARGE, UGLY
 from tests.ops.test_grouped_matmul import BFLOAT16, FLOAT32, close, operands
@@ -148,3 +155,29 @@ def test_every_tile_that_can_be_chosen_fits(op):
       assert tiles.choose(op, spec.rows, k, n, len(spec.sizes)).fits(op)
       assert all(tile.fits(op) for tile in tiles.candidates(op, n))
   assert all(tiles.rule(n).fits(op) for n in (64, 128, 192, 256, 4096))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('ugly', (4, 6, 8))
+def test_rows_fetched_by_index_match_their_spread_copy(interpreter, ugly):
+  spec = dataclasses.replace(UGLY[ugly], d=128, f=128)
+  x_RD, w_EDF, dy_RF, sizes_E, _, starts = operands(spec, jnp.bfloat16)
+  # rows of nobody name a token that is not there
+  token_R = jnp.argsort(jax.random.normal(jax.random.key(1), spec.rows))[: spec.rows].astype(int)
+  row = jnp.arange(spec.rows)[:, None]
+  mine_R = ((row >= starts) & (row < starts + sizes_E)).any(1)
+  named_R = jnp.where(mine_R, token_R, spec.rows)
+  by_token = lambda a: jnp.zeros_like(a).at[token_R].set(jnp.where(mine_R[:, None], a, 0))
+  work = mosaic_rows.plan(spec.rows, starts, sizes_E, SMALL.m)
+  group_E4 = mosaic_weights.plan(spec.rows, starts, sizes_E, SMALL.k)
+  plain = dict(tile=SMALL, dtype=jnp.dtype('float32'))
+  named = dict(token_R=named_R, native=False)
+
+  got = mosaic_rows.rows_matmul(by_token(x_RD), w_EDF, work, tile=SMALL, transpose_w=False, **named)
+  want = mosaic_rows.rows_matmul(x_RD, w_EDF, work, tile=SMALL, transpose_w=False)
+  np.testing.assert_array_equal(got, want)
+  want = mosaic_weights.weights_matmul(x_RD, dy_RF, group_E4, **plain)
+  x, dy = (by_token(x_RD), dy_RF), (x_RD, by_token(dy_RF))
+  for gathers, pair in (('x', x), ('dy', dy)):
+    got = mosaic_weights.weights_matmul(*pair, group_E4, gathers=gathers, **plain, **named)
+    np.testing.assert_array_equal(got, want)

@@ -13,6 +13,7 @@ layer; `dense` is XLA's matmul of as many operations as the forward pass has.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import pathlib
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from moe_jax import sharding as sh
 from moe_jax.config import MoEConfig
 from moe_jax.models.attention.base import Where, spread
 from moe_jax.models.moe import MoE
+from moe_jax.ops.grouped_matmul.specs import recorded, zipf
+from moe_jax.ops.route import choose_experts, scores
 from moe_jax.precision import policy
 from moe_jax.routing import Balance
 
@@ -70,8 +73,8 @@ SPECS = (
   Spec(name='v2_lite', tokens=32768, d=2048, moe=_moe(64, 6, 1408, 2)),
 )
 TINY = Spec(name='tiny', tokens=256, d=128, moe=_moe(8, 2, 128, 1))
-# the spread of the selection bias, which makes some experts favourites
-SKEWS = {'drawn': 0.0, 'skewed': 0.005}
+# loads of the experts: as the random router gives them, and as a selection bias makes them
+LOADS = {'drawn': None, 'recorded': recorded, 'zipf': zipf}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,17 +155,17 @@ def breakdown(spec: Spec, call: Call, compiled: Any, repeats: int = 3) -> list[t
 
 
 def layer_calls(spec: Spec, precision: str) -> list[Call]:
-  fn, (x, params, bias) = make(spec, precision)
+  fn, (x, params) = make(spec, precision)
   calls = [
     Call(
       work='fwd+bwd',
       by=f'layer {precision}',
       fn=fn,
-      args=(x, params, {'bias_E': skew * bias}, x),
+      args=(x, params, {'bias_E': bias_for(spec, label, x, params['router_DE'])}, x),
       flops=3 * spec.flops,
       sizes=label,
     )
-    for label, skew in SKEWS.items()
+    for label in LOADS
   ]
   if jax.default_backend() == 'gpu' and precision == 'bfloat16':
     # as many operations as the forward pass has, in one square product
@@ -174,8 +177,27 @@ def layer_calls(spec: Spec, precision: str) -> list[Call]:
   return calls
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def bias_for(spec: Spec, label: str, x_1TD: jax.Array, router_DE: jax.Array) -> jax.Array:
+  """A selection bias under which experts have about the named load; no expert more than T."""
+  E, K = spec.moe.num_experts, spec.moe.top_k
+  shares = LOADS[label]
+  if shares is None:
+    return jnp.zeros(E)
+  wanted_E = jnp.minimum(jnp.array(shares(spec.tokens * K, E)), 0.95 * spec.tokens) / spec.tokens
+  score_TE = scores(jnp.dot(x_1TD[0].astype(jnp.float32), router_DE), spec.moe.score)
+
+  def step(i, bias_E):
+    expert_TK = choose_experts(score_TE, bias_E, k=K)
+    load_E = (expert_TK[..., None] == jnp.arange(E)).any(1).mean(0)
+    # as wide as the scores are at first, then finer
+    return bias_E + score_TE.std() * 0.97**i * (wanted_E - load_E)
+
+  return jax.lax.fori_loop(0, 150, step, jnp.zeros(E))
+
+
 def make(spec: Spec, precision: str) -> tuple[Any, tuple[Any, ...]]:
-  """The layer with its gradients, and tokens, parameters and a selection bias of deviation 1."""
+  """The layer with its gradients, and tokens and parameters."""
   model = MoE(spec.moe, Balance(), spec.d**-0.5, policy(precision))
   one = jnp.ones((1, spec.tokens), jnp.int32)
   where = spread(Where(one, one, one, jnp.zeros(1, jnp.int32)))
@@ -187,7 +209,7 @@ def make(spec: Spec, precision: str) -> tuple[Any, tuple[Any, ...]]:
     variables = model.init(key, x, where)
     cast = lambda path, a: a if path[-1].key == 'router_DE' else policy(precision).cast(a)
     params = jax.tree_util.tree_map_with_path(cast, variables['params'])
-    return x, params, jax.random.normal(key, (spec.moe.num_experts,))
+    return x, params
 
   @jax.jit
   def there_and_back(x, params, router, dy):

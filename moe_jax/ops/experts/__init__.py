@@ -6,6 +6,7 @@ the only size that can never overflow; what a bucket does not fill is sent empty
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,7 @@ def _exchange(x_TD, expert_TK, weight_TK, gate_up_ED2F, down_EFD, *, limit, reci
   local_RK = jax.lax.all_to_all(local_RK.reshape(num_devices, T, K), sh.EXPERT, 0, 0).reshape(
     num_devices * T, K
   )
-  tokens_RD = dispatch(x_TD, plan)
+  tokens_RD: Any = dispatch(x_TD, plan)
   tokens_RD = _cross(tokens_RD) if travel is None else _cross_in_fp8(travel, tokens_RD)
   y_RD = local_experts(
     tokens_RD, local_RK, send(weight_TK), gate_up_ED2F, down_EFD,

@@ -11,7 +11,7 @@ bfloat16 and some integers. Where the forward product is in FP8 so is the h_R2F 
 2 T K F bytes, and swiglu is made again of that (arXiv:2412.19437, 3.3.3). It needs neither y nor
 the gradient of y:
 
-  dout_RD   = dout_TD[token_R]           spread
+  dout_RD   = dout_TD[token_R]           spread once, for both products that take it
   da_RF     = dout_RD @ down.T           of y without its weight
   dweight_R = sum_F a * da               one kernel, with
   dh_R2F    = swiglu'(h) * weight * da
@@ -20,8 +20,10 @@ the gradient of y:
   dgate_up  = x_TD[token_R].T @ dh       spread once more
   dx_TD     = sum_k dx[row_TK]
 
-Each of the three kinds of products may be in FP8 (products.py), whose operands are quantised where
-they are made: tokens before they are spread, a and dh by the kernels that compute them.
+In bfloat16 on Hopper no spread copy is made: the products fetch tokens by index. Each of the three
+kinds of products may be in FP8 (products.py), whose operands are quantised where they are made:
+tokens before they are spread, their gradients while they are, a and dh by the kernels that compute
+them.
 """
 
 # T tokens  D model  F width  E experts  K experts a token  R rows
@@ -93,9 +95,10 @@ def _experts(
 
 
 def _forward(static: _Static, x_TD, weight_TK, gate_up_EDH, down_EFD, plan: Plan, ready: Ready):
-  limit, recipe = static
+  (limit, recipe), F = static, down_EFD.shape[1]
   p, (gate_up, down) = products.forward(recipe, x_TD.dtype), ready
-  a_RF, h_R2F = p.swiglu(p.rows(p.spread(x_TD, plan), gate_up_EDH, gate_up.forward, plan), limit)
+  x = p.spread(x_TD, F, plan)
+  a_RF, h_R2F = p.swiglu(p.rows(x, gate_up_EDH, gate_up.forward, plan), limit)
   h_R2F = checkpoint_name(h_R2F, 'expert_hidden')
   y_RD = p.rows(a_RF, down_EFD, down.forward, plan)
   out_TD = sum_rows(y_RD, plan.row_TK, weight_TK)
@@ -105,14 +108,16 @@ def _forward(static: _Static, x_TD, weight_TK, gate_up_EDH, down_EFD, plan: Plan
 def _backward(static: _Static, kept, dout_TD):
   limit, recipe = static
   x_TD, weight_TK, gate_up_EDH, down_EFD, plan, h_R2F, (gate_up8, down8) = kept
+  F = down_EFD.shape[1]
   dgrad, wgrad = products.dgrad(recipe, x_TD.dtype), products.wgrad(recipe)
-  da_RF = dgrad.rows(dgrad.spread(dout_TD, plan), down_EFD, down8, plan)
+  dout, dout_wgrad = products.spread_gradient(recipe, dout_TD, F, plan)
+  da_RF = dgrad.rows(dout, down_EFD, down8, plan)
   dh, dh_wgrad, a_wgrad, dweight_R = products.swiglu_backward(
     recipe, da_RF, h_R2F, plan.by_row(weight_TK), limit
   )
-  ddown_EFD = wgrad.weights(a_wgrad, wgrad.spread_second(dout_TD, plan), plan, down_EFD.dtype)
+  ddown_EFD = wgrad.weights(a_wgrad, dout_wgrad, plan, down_EFD.dtype)
   dx_TD = sum_rows(dgrad.rows(dh, gate_up_EDH, gate_up8, plan), plan.row_TK)
-  dgate_up_EDH = wgrad.weights(wgrad.spread_first(x_TD, plan), dh_wgrad, plan, gate_up_EDH.dtype)
+  dgate_up_EDH = wgrad.weights(wgrad.spread_first(x_TD, F, plan), dh_wgrad, plan, gate_up_EDH.dtype)
   dweight_TK = plan.by_choice(dweight_R).astype(weight_TK.dtype)
   no_gradient = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), plan)
   return dx_TD, dweight_TK, dgate_up_EDH, ddown_EFD, no_gradient, None

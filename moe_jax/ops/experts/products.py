@@ -7,19 +7,27 @@ the gradients in matrices, which contract over rows (ops/quantize, grouped_matmu
 # T tokens  D model  F width  E experts  R rows  H = 2F
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.ops import quantize as qz
 from moe_jax.ops import swiglu
-from moe_jax.ops.grouped_matmul import grouped_matmul, input_grad, weight_grad
+from moe_jax.ops.grouped_matmul import grouped_matmul, input_grad, mosaic_gpu, weight_grad
 from moe_jax.ops.grouped_matmul.fp8 import grouped_matmul_fp8, weight_grad_fp8
 from moe_jax.ops.permute import Plan, spread_rows
 from moe_jax.ops.recipe import Recipe
 
-type Operand = jax.Array | qz.Quantized
+
+class Tokens(NamedTuple):
+  """The rows x[token_R], for kernels that fetch them by index: no spread copy is made."""
+
+  x_TD: jax.Array
+  token_R: jax.Array
+
+
+type Operand = jax.Array | qz.Quantized | Tokens
 
 
 def rows_multiple(recipe: Recipe | None) -> int:
@@ -42,14 +50,20 @@ def _groups(plan: Plan) -> dict[str, Any]:
   return dict(sizes_E=plan.size_E, offsets_E=plan.offset_E)
 
 
+def _spread(x_TD: jax.Array, f: int, plan: Plan) -> Operand:
+  if mosaic_gpu.gathers(x_TD.dtype, len(plan.choice_R), x_TD.shape[1], f):
+    return Tokens(x_TD, plan.token_R)
+  return spread_rows(x_TD, plan)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
   """x @ w, and with `transposed` dy @ w.T, of operands that keep their dtype."""
 
   transposed: bool
 
-  def spread(self, x_TD: jax.Array, plan: Plan) -> Operand:
-    return spread_rows(x_TD, plan)
+  def spread(self, x_TD: jax.Array, f: int, plan: Plan) -> Operand:
+    return _spread(x_TD, f, plan)
 
   def swiglu(self, h_RH: jax.Array, limit: float) -> tuple[Operand, Operand]:
     """swiglu(h), and h as the backward pass is to have it."""
@@ -57,6 +71,11 @@ class Rows:
 
   def rows(self, x: Any, w_EDF: jax.Array, w8: Any, plan: Plan) -> jax.Array:
     del w8
+    if isinstance(x, Tokens):
+      groups = plan.offset_E, plan.size_E
+      return mosaic_gpu.forward(
+        x.x_TD, w_EDF.astype(x.x_TD.dtype), *groups, transpose_w=self.transposed, token_R=x.token_R
+      )
     op = input_grad if self.transposed else grouped_matmul
     return op(x, w_EDF, **_groups(plan))
 
@@ -70,7 +89,8 @@ class RowsFP8:
   weight_fmt: qz.Format
   dtype: Any  # of the result
 
-  def spread(self, x_TD: jax.Array, plan: Plan) -> Operand:
+  def spread(self, x_TD: jax.Array, f: int, plan: Plan) -> Operand:
+    del f
     # quantised before they are spread: a row's scale is that of its token
     q = qz.quantize_rows(x_TD, self.fmt)
     scale_KR = q.scale.at[:, plan.token_R].get(mode='fill', fill_value=0)
@@ -92,12 +112,17 @@ class RowsFP8:
 class Weights:
   """x.T @ dy for each expert, of operands that keep their dtype."""
 
-  def spread_first(self, x_TD: jax.Array, plan: Plan) -> Operand:
-    return spread_rows(x_TD, plan)
+  def spread_first(self, x_TD: jax.Array, f: int, plan: Plan) -> Operand:
+    return _spread(x_TD, f, plan)
 
   spread_second = spread_first
 
   def weights(self, x: Any, dy: Any, plan: Plan, dtype: jnp.dtype) -> jax.Array:
+    if isinstance(x, Tokens) or isinstance(dy, Tokens):
+      gathers, token_R = ('x', x.token_R) if isinstance(x, Tokens) else ('dy', dy.token_R)
+      x, dy = (a.x_TD if isinstance(a, Tokens) else a for a in (x, dy))
+      groups = plan.offset_E, plan.size_E
+      return mosaic_gpu.weight_grad(x, dy, *groups, dtype=dtype, token_R=token_R, gathers=gathers)
     return weight_grad(x, dy, dtype=dtype, **_groups(plan))
 
 
@@ -108,10 +133,12 @@ class WeightsFP8:
   first_fmt: qz.Format
   second_fmt: qz.Format
 
-  def spread_first(self, x_TD: jax.Array, plan: Plan) -> Operand:
+  def spread_first(self, x_TD: jax.Array, f: int, plan: Plan) -> Operand:
+    del f
     return qz.quantize_columns(x_TD, self.first_fmt, token_R=plan.token_R)
 
-  def spread_second(self, dy_TD: jax.Array, plan: Plan) -> Operand:
+  def spread_second(self, dy_TD: jax.Array, f: int, plan: Plan) -> Operand:
+    del f
     return qz.quantize_columns(dy_TD, self.second_fmt, token_R=plan.token_R)
 
   def weights(self, x: Any, dy: Any, plan: Plan, dtype: jnp.dtype) -> jax.Array:
@@ -134,6 +161,17 @@ def wgrad(recipe: Recipe | None) -> Weights | WeightsFP8:
   if recipe is None or not recipe.wgrad.is_fp8:
     return Weights()
   return WeightsFP8(*recipe.wgrad.formats())
+
+
+def spread_gradient(
+  recipe: Recipe | None, dout_TD: jax.Array, f: int, plan: Plan
+) -> tuple[Operand, Operand]:
+  """The rows of dout for dgrad and for wgrad."""
+  first, second = dgrad(recipe, dout_TD.dtype), wgrad(recipe)
+  match first, second:
+    case RowsFP8(fmt=fmt), WeightsFP8(second_fmt=column_fmt) if fmt == column_fmt:
+      return qz.quantize_rows_and_columns(dout_TD, fmt, token_R=plan.token_R)
+  return first.spread(dout_TD, f, plan), second.spread_second(dout_TD, f, plan)
 
 
 def swiglu_backward(

@@ -6,6 +6,7 @@ takes Python most of a second, and a training step in FP8 has sixty sites.
 
 # R rows  D in  F out  E experts  K contracted  N columns of the result  B blocks of 128
 
+import dataclasses
 import functools
 
 import jax
@@ -35,6 +36,11 @@ def unsupported(dtype: jnp.dtype, num_rows: int, d: int, f: int) -> str | None:
   return None
 
 
+def gathers(dtype: jnp.dtype, num_rows: int, d: int, f: int) -> bool:
+  """Whether the kernels below take token_R: then whole tiles must lie within d and f columns."""
+  return unsupported(dtype, num_rows, d, f) is None and d % 256 == 0 and f % 128 == 0
+
+
 @functools.partial(jax.jit, static_argnames=('transpose_w', 'tile'))
 def forward(
   x_RD: jax.Array,
@@ -44,18 +50,24 @@ def forward(
   *,
   transpose_w: bool = False,
   tile: tiles.Tile | None = None,
+  token_R: jax.Array | None = None,
 ) -> jax.Array:
-  """As xla.forward: x[r] @ w[e], or x[r] @ w[e].T with `transpose_w`."""
-  (num_rows, k), num_experts = x_RD.shape, w_EDF.shape[0]
+  """As xla.forward: x[r] @ w[e], or x[r] @ w[e].T with `transpose_w`; of x[token_R] if given."""
+  k, num_experts = x_RD.shape[1], w_EDF.shape[0]
+  num_rows = (x_RD if token_R is None else token_R).shape[0]
   n = w_EDF.shape[1 if transpose_w else 2]
   op = 'dgrad' if transpose_w else 'forward'
   tile = tile or tiles.choose(op, num_rows, k, n, num_experts)
+  if token_R is not None:
+    tile = dataclasses.replace(tile, pair=1)
   work = mosaic_rows.plan(num_rows, offsets_E, sizes_E, tile.m)
-  y_RN = mosaic_rows.rows_matmul(x_RD, w_EDF, work, tile=tile, transpose_w=transpose_w)
+  y_RN = mosaic_rows.rows_matmul(
+    x_RD, w_EDF, work, tile=tile, transpose_w=transpose_w, token_R=token_R
+  )
   return layout.match_vma(y_RN, x_RD)[0]
 
 
-@functools.partial(jax.jit, static_argnames=('dtype', 'tile'))
+@functools.partial(jax.jit, static_argnames=('dtype', 'tile', 'gathers'))
 def weight_grad(
   x_RD: jax.Array,
   dy_RF: jax.Array,
@@ -65,13 +77,25 @@ def weight_grad(
   dtype: jnp.dtype,
   into_EDF: jax.Array | None = None,
   tile: tiles.Tile | None = None,
+  token_R: jax.Array | None = None,
+  gathers: str = '',
 ) -> jax.Array:
-  """As xla.weight_grad. `dtype` is float32 or bfloat16."""
-  (num_rows, d), f, num_experts = x_RD.shape, dy_RF.shape[1], sizes_E.shape[0]
+  """As xla.weight_grad. `dtype` is float32 or bfloat16; token_R names the rows of `gathers`."""
+  d, f, num_experts = x_RD.shape[1], dy_RF.shape[1], sizes_E.shape[0]
+  num_rows = (dy_RF if gathers == 'x' else x_RD).shape[0]
   tile = tile or tiles.choose('wgrad', num_rows, d, f, num_experts)
+  if token_R is not None:
+    tile = dataclasses.replace(tile, pair=1)
   group_E4 = mosaic_weights.plan(num_rows, offsets_E, sizes_E, tile.k)
   dw_EDF = mosaic_weights.weights_matmul(
-    x_RD, dy_RF, group_E4, tile=tile, dtype=dtype, into_EDF=into_EDF
+    x_RD,
+    dy_RF,
+    group_E4,
+    tile=tile,
+    dtype=dtype,
+    into_EDF=into_EDF,
+    token_R=token_R,
+    gathers=gathers,
   )
   return layout.match_vma(dw_EDF, x_RD)[0]
 

@@ -8,6 +8,8 @@
                common x and multicasts it
   order        strips of some tile rows by all columns, so the tiles in flight at one time share
                their rows of x and their expert in L2
+  gathered     x may be rows that an index names: then the loading warpgroup copies them itself
+               (mosaic_gather.py), and blocks are not paired
 
 Groups start anywhere. A tile starts at the last multiple of 8 rows (TMA's grain in this layout) at
 or before its group, so it may hold a few rows of the neighbours; they are multiplied and not
@@ -40,6 +42,7 @@ from moe_jax.ops.grouped_matmul.mosaic_common import (
   smem_layout,
   strip_order,
 )
+from moe_jax.ops.grouped_matmul.mosaic_gather import Gather
 from moe_jax.ops.grouped_matmul.tiles import Tile
 
 # columns of a cut slab that leave at a time: TMA wants each row to start on 128 bytes
@@ -77,17 +80,35 @@ def plan(num_rows: int, offsets_E: jax.Array, sizes_E: jax.Array, tile_m: int) -
 
 
 def rows_matmul(
-  x_RK: jax.Array, w: jax.Array, work: Work, *, tile: Tile, transpose_w: bool
+  x_RK: jax.Array,
+  w: jax.Array,
+  work: Work,
+  *,
+  tile: Tile,
+  transpose_w: bool,
+  token_R: jax.Array | None = None,
+  native: bool = True,
 ) -> jax.Array:
-  """w is [E, K, N], or [E, N, K] with transpose_w."""
-  (num_rows, k), n = x_RK.shape, w.shape[1 if transpose_w else 2]
+  """w is [E, K, N], or [E, N, K] with transpose_w.
+
+  With token_R the rows are those of x[token_R], which is never in memory. `native` is False in the
+  interpreter.
+  """
+  k, n = x_RK.shape[1], w.shape[1 if transpose_w else 2]
+  num_rows = (x_RK if token_R is None else token_R).shape[0]
+  gather = None
+  if token_R is not None:
+    assert tile.pair == 1
+    gather = Gather(tile.m, tile.k, tile.stages, native)
   steps, full_n, rest_n = k // tile.k, n // tile.n, n % tile.n
   columns = full_n + (rest_n > 0)
   w_tile = (tile.n, tile.k) if transpose_w else (tile.k, tile.n)
   half = tile.m // 2
   launch = Launch(tile.pair)
 
-  def kernel(x_g, w_g, tile_g, count_g, y_g, x_s, w_s, y_s, edge_s, full, empty):
+  def kernel(x_g, w_g, tile_g, count_g, *refs):
+    token_g = refs[0] if gather else None
+    y_g, x_s, w_s, y_s, edge_s, full, empty, *gathered = refs[1 if gather else 0 :]
     group = lax.axis_index('warpgroup')
     tile_rows = count_g[0]
     total = tile_rows * pl.cdiv(columns, tile.pair)
@@ -101,10 +122,19 @@ def rows_matmul(
 
     steps_of = lambda lo, live: jnp.where(live > lo, steps, 0)
 
+    def wait_full(step):
+      slot = ring_slot(step, tile.stages)
+      plgpu.barrier_wait(full.at[slot])
+      if gather:
+        gather.wait(gathered, slot, lax.div(step, jnp.int32(tile.stages)))
+      return slot
+
     @pl.when(group < 2)
     def _():
-      plgpu.set_max_registers(232, action='increase')
+      plgpu.set_max_registers(224 if gather else 232, action='increase')
       first = group * half
+      if gather:
+        gather.wait_ready(gathered)
 
       def multiply(i, carry):
         done, (column, _, base, lo, live, own) = carry
@@ -115,9 +145,7 @@ def rows_matmul(
         mine = (column < columns) & (live > first) & (lo < first + half)
 
         def pass_by(k, _):
-          slot = ring_slot(done + k, tile.stages)
-          plgpu.barrier_wait(full.at[slot])
-          plgpu.barrier_arrive(empty.at[slot])
+          plgpu.barrier_arrive(empty.at[wait_full(done + k)])
 
         lax.fori_loop(0, jnp.where(mine, 0, todo), pass_by, None)
         todo_mine = jnp.where(mine, todo, 0)
@@ -125,8 +153,7 @@ def rows_matmul(
         def one_width(width):
           def accumulate(acc):
             def step(k, _):
-              slot = ring_slot(done + k, tile.stages)
-              plgpu.barrier_wait(full.at[slot])
+              slot = wait_full(done + k)
               w_slot = w_s.at[slot, :width].T if transpose_w else w_s.at[slot, :, :width]
               plgpu.wgmma(acc, x_s.at[slot, pl.ds(first, half)], w_slot)
               # all but the newest are complete, so the slot before this one is free
@@ -203,13 +230,17 @@ def rows_matmul(
 
     @pl.when(group == 2)
     def _():
-      plgpu.set_max_registers(40, action='decrease')
+      plgpu.set_max_registers(56 if gather else 40, action='decrease')
+      if gather:
+        gather.make_ready(gathered)
 
       def load(i, done):
         column, expert, base, lo, live, _ = where(i)
         todo = steps_of(lo, live)
         # past row R or column N, TMA writes zeros and moves nothing
         at_m, at_n = pl.ds(pl.multiple_of(base, 8), tile.m), pl.ds(column * tile.n, tile.n)
+
+        held = gather.hold(token_g, base) if gather else None
 
         def step(k, _):
           slot = ring_slot(done + k, tile.stages)
@@ -220,10 +251,13 @@ def rows_matmul(
 
           at_k = pl.ds(k * tile.k, tile.k)
           source = w_g.at[expert, at_n, at_k] if transpose_w else w_g.at[expert, at_k, at_n]
-          plgpu.copy_gmem_to_smem(
-            x_g.at[at_m, at_k], x_s.at[slot], full.at[slot], collective_axes=launch.multicast
-          )
           plgpu.copy_gmem_to_smem(source, w_s.at[slot], full.at[slot])
+          if gather:
+            gather.start(x_g, token_g, held, x_s, gathered, column=k * tile.k, slot=slot)
+          else:
+            plgpu.copy_gmem_to_smem(
+              x_g.at[at_m, at_k], x_s.at[slot], full.at[slot], collective_axes=launch.multicast
+            )
 
         lax.fori_loop(0, todo, step, None)
         return done + todo
@@ -232,6 +266,8 @@ def rows_matmul(
       # the last releases must have arrived before the block, and its barriers, may end
       drain = lambda k, _: plgpu.barrier_wait(empty.at[ring_slot(k, tile.stages)])
       lax.fori_loop(lax.max(done - tile.stages, 0), done, drain, None)
+      if gather:
+        gather.drain()
 
   return launch.kernel(
     kernel,
@@ -241,8 +277,9 @@ def rows_matmul(
       plgpu.SMEM((tile.stages, *w_tile), w.dtype, transforms=smem_layout(64)),
       plgpu.SMEM((2, half // SLAB, SLAB, tile.n), x_RK.dtype, transforms=smem_layout(64)),
       plgpu.SMEM((2, SLAB, _EDGE_COLUMNS), x_RK.dtype),
-      plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
+      plgpu.Barrier(num_arrivals=1 if gather else 2, num_barriers=tile.stages),
       launch.barrier(num_arrivals=2, num_barriers=tile.stages),
+      *(gather.scratch() if gather else ()),
     ),
     name='grouped_matmul_dgrad' if transpose_w else 'grouped_matmul',
-  )(x_RK, w, *work)
+  )(x_RK, w, *work, *(() if token_R is None else (token_R,)))

@@ -4,6 +4,7 @@
   block        as in mosaic_rows.py: 2 warpgroups multiply 64 x 256 each, a third loads
   pair         two blocks, one tile above the other, which share their part of dy
   order        expert by expert; within one, strips of some tile rows by all columns
+  gathered     x or dy may be rows that an index names, as in mosaic_rows.py
 
 An expert's steps start at the last multiple of 8 rows at or before its group, and the last step
 may run past its end. In those two steps each warpgroup sets the foreign rows of its part of x to
@@ -31,6 +32,7 @@ from moe_jax.ops.grouped_matmul.mosaic_common import (
   smem_layout,
   strip_order,
 )
+from moe_jax.ops.grouped_matmul.mosaic_gather import Gather
 from moe_jax.ops.grouped_matmul.tiles import Tile
 
 
@@ -54,8 +56,14 @@ def weights_matmul(
   tile: Tile,
   dtype: jnp.dtype,
   into_EDF: jax.Array | None = None,
+  token_R: jax.Array | None = None,
+  gathers: str = '',
+  native: bool = True,
 ) -> jax.Array:
-  """`into` is what to add to, of `dtype`; written in place where nobody else holds it."""
+  """`into` is what to add to, of `dtype`; written in place where nobody else holds it.
+
+  gathers: 'x' or 'dy', whose rows then are those that token_R names, never in memory as such.
+  """
   (_, d), f, num_experts = x_RD.shape, dy_RF.shape[1], group_E4.shape[0]
   # the unit of work is a pair of tiles, one above the other, with dy in common
   unit_rows, full_f, rest_f = pl.cdiv(d, tile.m * tile.pair), f // tile.n, f % tile.n
@@ -64,8 +72,14 @@ def weights_matmul(
   chunk = 256 // dtype.itemsize
   launch = Launch(tile.pair)
   num_units = num_experts * unit_rows * columns
+  gather = None
+  if token_R is not None:
+    assert tile.pair == 1 and d % tile.m == 0 and f % tile.n == 0
+    gather = Gather(tile.k, tile.m if gathers == 'x' else tile.n, tile.stages, native)
 
-  def kernel(x_g, dy_g, group_g, dw_g, x_s, dy_s, dw_s, full, empty, clean):
+  def kernel(x_g, dy_g, group_g, *refs):
+    token_g = refs[0] if gather else None
+    dw_g, x_s, dy_s, dw_s, full, empty, clean, *gathered = refs[1 if gather else 0 :]
     group = lax.axis_index('warpgroup')
     my_tiles = launch.share(num_units)
 
@@ -81,7 +95,9 @@ def weights_matmul(
 
     @pl.when(group < 2)
     def _():
-      plgpu.set_max_registers(232, action='increase')
+      plgpu.set_max_registers(224 if gather else 232, action='increase')
+      if gather:
+        gather.wait_ready(gathered)
 
       def keep_rows(ref, columns_at, lo, hi):
         """Zeroes rows of a slot outside [lo, hi). A select, since they may hold NaN."""
@@ -119,6 +135,8 @@ def weights_matmul(
               own = pl.ds(group * SLAB, SLAB)
               lo_k, end_k = lo - k * tile.k, end - k * tile.k
               plgpu.barrier_wait(full.at[slot])
+              if gather:
+                gather.wait(gathered, slot, lax.div(done + k, jnp.int32(tile.stages)))
 
               @pl.when((lo_k > 0) | (end_k < tile.k))
               def _():
@@ -162,14 +180,18 @@ def weights_matmul(
 
     @pl.when(group == 2)
     def _():
-      plgpu.set_max_registers(40, action='decrease')
+      plgpu.set_max_registers(56 if gather else 40, action='decrease')
+      if gather:
+        gather.make_ready(gathered)
 
       def load(i, done):
         row, column, _, base, lo, end, _ = where(i)
         steps = steps_of(lo, end)
 
-        def step(k, _):
+        def step(k, held):
           slot = ring_slot(done + k, tile.stages)
+          # before the wait, which hides its latency
+          following = gather.hold(token_g, base + (k + 1) * tile.k) if gather else None
 
           @pl.when(done + k >= tile.stages)
           def _():
@@ -177,20 +199,29 @@ def weights_matmul(
 
           # past row R, column D or F, TMA writes zeros
           at = pl.ds(pl.multiple_of(base + k * tile.k, 8), tile.k)
-          x_part = x_g.at[at, pl.ds(row * tile.m, tile.m)]
-          dy_part = dy_g.at[at, pl.ds(column * tile.n, tile.n)]
-          plgpu.copy_gmem_to_smem(x_part, x_s.at[slot], full.at[slot])
-          plgpu.copy_gmem_to_smem(
-            dy_part, dy_s.at[slot], full.at[slot], collective_axes=launch.multicast
-          )
+          if gathers != 'x':
+            x_part = x_g.at[at, pl.ds(row * tile.m, tile.m)]
+            plgpu.copy_gmem_to_smem(x_part, x_s.at[slot], full.at[slot])
+          if gathers != 'dy':
+            dy_part = dy_g.at[at, pl.ds(column * tile.n, tile.n)]
+            plgpu.copy_gmem_to_smem(
+              dy_part, dy_s.at[slot], full.at[slot], collective_axes=launch.multicast
+            )
+          if gather and gathers == 'x':
+            gather.start(x_g, token_g, held, x_s, gathered, column=row * tile.m, slot=slot)
+          elif gather:
+            gather.start(dy_g, token_g, held, dy_s, gathered, column=column * tile.n, slot=slot)
+          return following
 
-        lax.fori_loop(0, steps, step, None)
+        lax.fori_loop(0, steps, step, gather.hold(token_g, base) if gather else None)
         return done + steps
 
       done = lax.fori_loop(0, my_tiles, load, jnp.int32(0))
       # the last releases must have arrived before the block, and its barriers, may end
       drain = lambda k, _: plgpu.barrier_wait(empty.at[ring_slot(k, tile.stages)])
       lax.fori_loop(lax.max(done - tile.stages, 0), done, drain, None)
+      if gather:
+        gather.drain()
 
   return launch.kernel(
     kernel,
@@ -199,10 +230,11 @@ def weights_matmul(
       plgpu.SMEM((tile.stages, tile.k, tile.m), x_RD.dtype, transforms=smem_layout(64)),
       plgpu.SMEM((tile.stages, tile.k, tile.n), dy_RF.dtype, transforms=smem_layout(64)),
       plgpu.SMEM((2, 2, SLAB, chunk), dtype, transforms=smem_layout(chunk, dtype.itemsize)),
-      plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
+      plgpu.Barrier(num_arrivals=1 if gather else 2, num_barriers=tile.stages),
       launch.barrier(num_arrivals=2, num_barriers=tile.stages),
       plgpu.Barrier(num_arrivals=2),
+      *(gather.scratch() if gather else ()),
     ),
     name='grouped_matmul_wgrad',
     into=into_EDF,
-  )(x_RD, dy_RF, group_E4)
+  )(x_RD, dy_RF, group_E4, *(() if token_R is None else (token_R,)))
