@@ -87,7 +87,9 @@ def test_a_cancelled_job_saves_and_the_same_command_goes_on_with_it(sweep, tmp_p
 def test_a_job_that_vanishes_is_a_failed_row(sweep, tmp_path, monkeypatch):
   monkeypatch.setattr(slurm, 'ASK_S', 0)
   monkeypatch.setattr(slurm, '_queue', set)
+  monkeypatch.setenv('FAKE_STEP_S', '1')  # it would be done before it is missed
   code, _, _ = sweep("def sweep():\n  yield {'seed': 1}\n", *SLURM)
+  subprocess.run(['scancel', '--me'], check=True)
   assert code == 1
   [record] = [json.loads(p.read_text()) for p in (tmp_path / 'sweep').glob('rows/*/row.json')]
   assert (record['state'], record['error']) == ('failed', 'ended without a word.')
