@@ -1,9 +1,9 @@
-"""Table and picture of balancing methods under a learning rate that is too high throughout.
+"""Table and picture of balancing methods under learning rates that are too high.
 
-  python -m moe_jax.analysis.stress --runs=runs/stress --out=docs/balance
+  python -m moe_jax.analysis.stress --runs=runs/stress --out=docs/balance [--arg=climb]
 
-of runs by `experiments.balance.ramp --arg=stress`; writes stress.json (numbers of every run) and
-stress.png, and prints the table and what balancing saves in spikes.
+of runs by `experiments.balance.ramp --arg=stress` or climb; writes ARG.json (numbers of every run)
+and ARG.png, and prints the table and what balancing saves in spikes.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def verdict(runs: Records) -> str:
   """One sentence on the claim."""
   found = saved(runs)
   if found is None:
-    return f'No spike with {BASELINE}: there is nothing that balancing could save.'
+    return 'Without balancing no step spikes: nothing is left to save'
   share, low, high = found
   holds = 'holds' if low > 0 and share >= CLAIMED else 'is not shown'
   return (
@@ -131,12 +131,13 @@ def main() -> None:
   parser = argparse.ArgumentParser(prog='python -m moe_jax.analysis.stress')
   parser.add_argument('--runs', type=Path, required=True)
   parser.add_argument('--out', type=Path, required=True)
+  parser.add_argument('--arg', default='stress', help='of the config: stress or climb')
   args = parser.parse_args()
   args.out.mkdir(parents=True, exist_ok=True)
-  found = read(args.runs, 'stress-')
+  found = read(args.runs, f'{args.arg}-')
   runs = {m: found[m] for m in (BASELINE, *sorted(set(found) - {BASELINE}))}
-  (args.out / 'stress.json').write_text(json.dumps(rounded(runs, numbers), indent=1) + '\n')
-  over_steps(runs).savefig(args.out / 'stress.png')
+  (args.out / f'{args.arg}.json').write_text(json.dumps(rounded(runs, numbers), indent=1) + '\n')
+  over_steps(runs).savefig(args.out / f'{args.arg}.png')
   print(f'{table(runs)}\n\n{verdict(runs)}')
 
 

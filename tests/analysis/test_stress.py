@@ -40,4 +40,4 @@ def test_what_balancing_saves_is_relative_to_the_run_of_the_same_seed_without():
 def test_a_calm_baseline_leaves_nothing_to_save():
   calm = record()
   assert saved({'none': {0: calm}, 'a': {0: calm}}) is None
-  assert 'nothing' in verdict({'none': {0: calm}, 'a': {0: calm}})
+  assert 'nothing is left' in verdict({'none': {0: calm}, 'a': {0: calm}})
