@@ -30,3 +30,8 @@ METHODS: dict[str, dict[str, Any]] = {
   'default expert': {'balance': 'default_expert'},
   'phi': {'balance': 'phi'},
 }
+
+
+def seeds(text: str) -> list[int]:
+  """Of a flag: 0,1,2."""
+  return [int(seed) for seed in text.split(',')]

@@ -21,6 +21,7 @@ import numpy as np
 
 from experiments import flags
 from experiments.balance.dialled import STRENGTHS, dial, register
+from experiments.balance.methods import seeds
 from experiments.balance.tokens import Rows
 from experiments.balance.turns import turn
 from experiments.command import Parser
@@ -92,12 +93,12 @@ def main() -> None:
   parser.add_argument('--arg', default='ramp', help='of the config: ramp, climb or stress')
   names = ','.join(STRENGTHS)
   parser.add_argument('--methods', default=names, help=f'some of {", ".join(STRENGTHS)}')
-  parser.add_argument('--seeds', default='0,1,2', help='of the initial parameters')
+  parser.add_argument('--seeds', type=seeds, default='0,1,2', help='of the initial parameters')
   parser.add_argument('--turns', type=Path, help='a lock file, held while a run trains')
-  parser.add_argument('--set', default='{}', help='JSON of further fields of the config')
+  parser.add_argument('--set', type=json.loads, default='{}', help='JSON of further fields')
   args = parser.parse_args()
   try:
-    cfg, methods = configure(args.arg, json.loads(args.set)), args.methods.split(',')
+    cfg, methods = configure(args.arg, args.set), args.methods.split(',')
     for name in methods:
       if name not in STRENGTHS:
         raise ValueError(f'--methods: {name!r} is not one. {config_io.nearest(name, STRENGTHS)}')
@@ -109,7 +110,7 @@ def main() -> None:
   with jax.set_mesh(sh.make_mesh((1, 1, 1))):
     ramp = Ramp(cfg, args.tokens)
     # a run that is cut off leaves whole seeds of every method behind
-    for seed in map(int, args.seeds.split(',')):
+    for seed in args.seeds:
       for name in methods:
         path = args.out / f'{args.arg}-{name}-{seed}.npz'
         if path.exists():

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from experiments import flags
-from experiments.balance.methods import METHODS
+from experiments.balance.methods import METHODS, seeds
 from experiments.balance.tokens import Rows
 from experiments.balance.turns import turn
 from experiments.command import Parser
@@ -155,13 +155,13 @@ def main() -> int:
   parser.add_argument('--arg', default='h100', help='of the config: h100 or tiny')
   names = ','.join(METHODS)
   parser.add_argument('--methods', default=names, help=f'some of {", ".join(METHODS)}')
-  parser.add_argument('--seeds', default='0,1,2', help='of the initial parameters')
+  parser.add_argument('--seeds', type=seeds, default='0,1,2', help='of the initial parameters')
   parser.add_argument('--turns', type=Path, help='a lock file, held while a method trains')
-  parser.add_argument('--set', default='{}', help='JSON of further fields of the config')
+  parser.add_argument('--set', type=json.loads, default='{}', help='JSON of further fields')
   args = parser.parse_args()
   # refused before anything starts
   try:
-    cfgs = {m: configure(m, args.arg, json.loads(args.set)) for m in args.methods.split(',')}
+    cfgs = {m: configure(m, args.arg, args.set) for m in args.methods.split(',')}
   except (ValueError, KeyError) as error:
     parser.error(flags.one_line(error))
   if not args.tokens.is_file():
@@ -170,9 +170,7 @@ def main() -> int:
   failed = False
   with jax.set_mesh(sh.make_mesh((1, 1, 1))):
     for name, cfg in cfgs.items():
-      paths = {
-        seed: args.out / f'{args.arg}-{name}-{seed}.npz' for seed in map(int, args.seeds.split(','))
-      }
+      paths = {seed: args.out / f'{args.arg}-{name}-{seed}.npz' for seed in args.seeds}
       todo = {seed: path for seed, path in paths.items() if not path.exists()}
       try:
         if not todo:

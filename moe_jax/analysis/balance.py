@@ -248,13 +248,15 @@ def specialisation(records: Records) -> Figure:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(prog='python -m moe_jax.analysis.balance')
   parser.add_argument('--runs', type=Path, required=True)
   parser.add_argument('--out', type=Path, required=True)
   parser.add_argument('--baseline', default=BASELINE)
   args = parser.parse_args()
-  args.out.mkdir(parents=True, exist_ok=True)
   records = read(args.runs, 'h100') or read(args.runs, 'tiny')
+  if not records:
+    parser.error(f'--runs={args.runs} has no run h100-METHOD-SEED.npz, nor one of tiny.')
+  args.out.mkdir(parents=True, exist_ok=True)
   parts = [table(records, args.baseline), stability_table(records)]
   (args.out / 'tables.md').write_text('\n\n'.join(parts) + '\n')
   results: dict[str, Any] = {'runs': rounded(records, numbers)}

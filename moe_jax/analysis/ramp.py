@@ -129,8 +129,10 @@ def main() -> None:
   parser.add_argument('--runs', type=Path, required=True)
   parser.add_argument('--out', type=Path, required=True)
   args = parser.parse_args()
-  args.out.mkdir(parents=True, exist_ok=True)
   runs = read(args.runs, 'ramp-')
+  if BASELINE not in runs:
+    parser.error(f'--runs={args.runs} has no run ramp-{BASELINE}-SEED.npz to compare with.')
+  args.out.mkdir(parents=True, exist_ok=True)
   results = json.dumps(rounded(runs, numbers), indent=1)
   (args.out / 'ramp.json').write_text(results + '\n')
   over_steps(runs).savefig(args.out / 'ramp.png')

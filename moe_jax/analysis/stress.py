@@ -133,8 +133,10 @@ def main() -> None:
   parser.add_argument('--out', type=Path, required=True)
   parser.add_argument('--arg', default='stress', help='of the config: stress or climb')
   args = parser.parse_args()
-  args.out.mkdir(parents=True, exist_ok=True)
   found = read(args.runs, f'{args.arg}-')
+  if BASELINE not in found:
+    parser.error(f'--runs={args.runs} has no run {args.arg}-{BASELINE}-SEED.npz to compare with.')
+  args.out.mkdir(parents=True, exist_ok=True)
   runs = {m: found[m] for m in (BASELINE, *sorted(set(found) - {BASELINE}))}
   (args.out / f'{args.arg}.json').write_text(json.dumps(rounded(runs, numbers), indent=1) + '\n')
   over_steps(runs).savefig(args.out / f'{args.arg}.png')
