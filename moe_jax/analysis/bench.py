@@ -17,7 +17,7 @@ def cost_by_length(result: dict) -> Figure:
   work = list(dict.fromkeys(row['work'] for row in rows))
   colors, lines = dict(zip(by, _COLORS, strict=False)), dict(zip(work, _LINES, strict=False))
   fig = Figure(figsize=(WIDTH, 3.6), layout='constrained')
-  columns = {'ms': 'milliseconds', 'gigabytes': 'GB to and from device memory, counted'}
+  columns = {'ms': 'milliseconds', 'gigabytes': 'GB of device memory, counted'}
   for ax, (column, label) in zip(fig.subplots(1, 2), columns.items(), strict=True):
     for key in dict.fromkeys((row['by'], row['work']) for row in rows):
       points = [(r['length'], r[column]) for r in rows if (r['by'], r['work']) == key]
