@@ -116,7 +116,7 @@ def main(argv: list[str]) -> int:
   parser = Parser('experiments.compare_precision', __doc__)
   parser.add_argument('--workdir', type=pathlib.Path, required=True, help='folder of results')
   about = f'one of {", ".join(RUNS)}; all without it'
-  parser.add_argument('--only', type=one_of(RUNS), default='', help=about)
+  parser.add_argument('--only', type=one_of(RUNS), help=about)
   parser.add_argument('--tokens', type=pathlib.Path, help='of experiments.balance.tokens')
   parser.add_argument('--turns', type=pathlib.Path, help='a lock file, held while a run trains')
   args, rest = parser.parse_known_args(argv[1:])
@@ -127,7 +127,7 @@ def main(argv: list[str]) -> int:
     for name, overrides in RUNS.items():
       path = args.workdir / f'{name}.json'
       cfg = config_io.build(with_overrides(raw.to_dict(), overrides))
-      if args.only not in ('', name) or len(_losses(path)) >= cfg.steps:
+      if args.only not in (None, name) or len(_losses(path)) >= cfg.steps:
         continue
       check_device(cfg)
 

@@ -1,16 +1,19 @@
 """The comparison of precision policies: what its runs are given."""
 
 import itertools
+import json
 import lzma
 
 import jax
 import numpy as np
+import pytest
 
 from experiments.balance.tokens import DOMAINS, Rows
-from experiments.compare_precision import RUNS, text, with_overrides
+from experiments.compare_precision import RUNS, main, text, with_overrides
 from experiments.configs import precision
 from moe_jax import config_io
 from moe_jax import sharding as sh
+from tests.run.program import DEPRECATED
 
 
 def tiny():
@@ -42,3 +45,15 @@ def test_text_of_a_file_of_tokens_comes_in_the_order_of_its_rows(tmp_path):
     for i, batch in enumerate(itertools.islice(stream, 3)):
       want = rows.batch(i, cfg.data.batch_size)
       np.testing.assert_array_equal(batch['tokens'], want['tokens'])
+
+
+@pytest.mark.filterwarnings(DEPRECATED)
+def test_runs_that_are_whole_are_summarized_without_training(tmp_path):
+  for i, (name, overrides) in enumerate(RUNS.items()):
+    loss = [4.0 + 0.01 * i] * tiny()['steps']
+    (tmp_path / f'{name}.json').write_text(json.dumps({'overrides': overrides, 'loss': loss}))
+  config = '--config=experiments/configs/precision.py:tiny'
+  assert main(['compare_precision', config, f'--workdir={tmp_path}']) == 0
+  summary = json.loads((tmp_path / 'summary.json').read_text())
+  assert summary['fp8_block']['relative_to_bfloat16'] == pytest.approx(0.005)
+  assert (tmp_path / 'loss.png').exists()
