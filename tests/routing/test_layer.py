@@ -168,6 +168,15 @@ def test_capacity_drops_in_training_only_and_the_share_is_measured():
   assert np.abs(y_BSD - whole('capacity')[0]).max() > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('name', sorted(set(ideas()) - {'capacity'}))
+def test_capacity_goes_with_every_idea(name):
+  y_BSD, aux = apply(f'{name}+capacity')
+  assert np.isfinite(y_BSD).all() and aux['dropped'] <= aux['choices']
+  # experts that choose are even already
+  assert (aux['dropped'] > whole(name)[1]['dropped']) == (name != 'expert_choice')
+
+
 def test_default_expert_adds_the_averages_of_experts_not_chosen():
   y_BSD, aux = whole('default_expert')
   plain_BSD, _ = whole('z_loss')  # the same parameters: ideas draw no keys here
