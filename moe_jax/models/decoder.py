@@ -119,7 +119,7 @@ class Decoder(nn.Module):
       group = nn.scan(
         pattern,
         variable_axes={'params': 0, 'router': 0, 'ideas': 0, 'counts': 0, 'probes': 0, 'fp8': 0},
-        split_rngs={'params': True},
+        split_rngs={'params': True, 'ideas': True},
         in_axes=cast(Any, (0, nn.broadcast)),
         length=repeats,
         unroll=repeats if c.unroll_layers else 1,

@@ -105,7 +105,8 @@ class MoE(nn.Module):
   def _carried(self, idea: Idea, d_model: int) -> Any:
     c = self.cfg
     sizes = Sizes(c.num_experts, c.top_k, d_model, self.vocab_size)
-    make = lambda: idea.init(self.make_rng('params'), sizes)
+    # a stream of its own: the weights of a seed are the same under every idea
+    make = lambda: idea.init(self.make_rng('ideas'), sizes)
     return self.variable('ideas', idea.name, make).value
 
   def _choose(self, gate: Gate, balance: Balance, states: Any) -> tuple[jax.Array, jax.Array]:

@@ -55,7 +55,8 @@ def init_variables(model: Decoder, key: jax.Array) -> Any:
   rows = mesh.shape[sh.DATA] * mesh.shape[sh.EXPERT]
   token_BS = jnp.zeros((rows, 2), jnp.int32, out_sharding=sh.TOKENS)
   start_B = jnp.zeros((rows,), jnp.int32, out_sharding=sh.BY_ROW)
-  return model.init(key, Where(token_BS, token_BS, token_BS, start_B))
+  keys = {'params': key, 'ideas': jax.random.fold_in(key, 1)}
+  return model.init(keys, Where(token_BS, token_BS, token_BS, start_B))
 
 
 def create(cfg: RunConfig, key: jax.Array) -> TrainState:

@@ -14,7 +14,8 @@ def record(*, loss_spikes_at=(), grad_spikes_at=()):
   loss_N, grad_N = 5 + 0.01 * rng.normal(size=250), 1 + 0.1 * rng.uniform(size=250)
   loss_N[list(loss_spikes_at)] += 1
   grad_N[list(grad_spikes_at)] *= 20
-  return {'train/lm_loss': loss_N, 'train/grad_norm': grad_N, 'router/max_vio': np.ones(250)}
+  more = {'train/lr': np.linspace(0.1, 0.35, 250, endpoint=False), 'router/max_vio': np.ones(250)}
+  return {'train/lm_loss': loss_N, 'train/grad_norm': grad_N} | more
 
 
 def test_a_run_diverges_that_ends_above_where_it_was_or_is_not_finite():
@@ -27,6 +28,11 @@ def test_a_run_diverges_that_ends_above_where_it_was_or_is_not_finite():
 def test_spikes_of_loss_and_gradient_are_counted():
   found = numbers(record(loss_spikes_at=[100], grad_spikes_at=[120, 180]))
   assert (found['loss_spikes'], found['grad_spikes']) == (1, 2)
+
+
+def test_the_rate_of_the_first_spike_is_that_of_the_last_step_where_there_is_none():
+  found = [numbers(record(grad_spikes_at=at))['lr_of_first_spike'] for at in ([120, 180], [])]
+  assert found == pytest.approx([0.22, 0.349])
 
 
 def test_what_balancing_saves_is_relative_to_the_run_of_the_same_seed_without():

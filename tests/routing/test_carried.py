@@ -11,7 +11,7 @@ import pytest
 
 from moe_jax import sharding as sh
 from moe_jax.config import DataConfig, MoEConfig, RunConfig
-from moe_jax.train.state import create
+from moe_jax.train.state import create, init_variables, make_model
 from moe_jax.train.step import make_train_step
 from tests.multi_device.test_equal_meshes import MODEL, B, S, on_mesh
 
@@ -43,6 +43,17 @@ def steps(shape, microbatches, num=2):
   refused, metrics = on_mesh(mesh, step, broken)
   assert metrics['guard/skipped'] == 1
   return jax.tree.map(np.asarray, (state.rest, seen, refused.rest))
+
+
+@pytest.mark.slow
+def test_a_seed_means_the_same_weights_under_every_idea():
+  def weights(balance: str):
+    with jax.set_mesh(sh.make_mesh((1, 1, 1))):
+      cfg = dataclasses.replace(make_cfg(1), balance=balance)
+      model, key = make_model(cfg), jax.random.key(0)
+      return jax.jit(lambda: init_variables(model, key)['params'])()
+
+  jax.tree.map(np.testing.assert_array_equal, weights('none'), weights('smebu+phi'))
 
 
 @pytest.mark.slow
