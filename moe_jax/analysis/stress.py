@@ -123,7 +123,8 @@ def verdict(runs: Records) -> str:
   share, low, high = found
   holds = 'holds' if low > 0 and share >= CLAIMED else 'is not shown'
   known = f'{low:.0%} to {high:.0%}' if np.isfinite(low) else 'one seed, no interval'
-  return f'Balancing saves {share:.0%} of the spikes ({known}): the claim of {CLAIMED:.0%} {holds}'
+  does = f'saves {share:.0%}' if share >= 0 else f'adds {-share:.0%}'
+  return f'Balancing {does} of the spikes ({known}): the claim of {CLAIMED:.0%} {holds}'
 
 
 @style.styled
