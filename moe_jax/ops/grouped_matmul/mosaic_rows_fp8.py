@@ -6,7 +6,7 @@
 The pipeline is that of mosaic_fp8.py, the order of tiles that of mosaic_rows.py. Groups start on
 multiples of 128 rows, so no slab of 64 rows belongs to two experts, and every slab leaves whole.
 FP8 operands of wgmma must both be contiguous along K, hence w is [E, N, K]. No pairs: blocks that
-shared x were level or slower, and waited for ever where the last pair had one column of tiles.
+shared x were level or slower, and one case of 64 uneven groups never ended, for a reason not found.
 """
 
 # R rows  K contracted  N columns of y  E experts  B blocks of 128 along K
