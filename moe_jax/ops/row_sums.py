@@ -7,7 +7,7 @@ Sorting pairs by key takes linear time (a radix sort on the GPU), and each key's
 by one program in a fixed order: each row once, at the speed of device memory.
 """
 
-# N rows  S keys  X width
+# N rows  S keys  X width  U queries  P pieces
 
 import jax
 import jax.numpy as jnp
@@ -90,3 +90,82 @@ def triton_add_rows(
     out=jax.ShapeDtypeStruct(total_SX.shape, jnp.float32),
     aliases={0: 0},
   )
+
+
+def add_runs(
+  total_PSX: jax.Array,
+  rows_BUJX: jax.Array,
+  first_U: jax.Array,
+  begin_S: jax.Array,
+  end_S: jax.Array,
+  *,
+  base: int,
+) -> jax.Array:
+  """total + each key's rows, where query u has one for each of the keys first[u], first[u] + 1, ..
+
+  They are rows[:, u, base], rows[:, u, base + 1], ... No sort is needed: a key's queries are
+  neighbours, begin[s] <= u < end[s], of which piece p of the total gets an equal share. So keys
+  that nearly all queries see are summed by several programs.
+  """
+  if jax.default_backend() == 'gpu' and _pieces(rows_BUJX.shape[-1]):
+    return triton_add_runs(total_PSX, rows_BUJX, first_U, begin_S, end_S, base=base)
+  U = first_U.size
+  query_U, key_S1 = jnp.arange(U), jnp.arange(begin_S.size)[:, None]
+  seen_SU = (query_U >= begin_S[:, None]) & (query_U < end_S[:, None])
+  slot_SU = jnp.where(seen_SU, base + key_S1 - first_U, 0)
+  part_BSUX = jnp.where(seen_SU[..., None], rows_BUJX[:, query_U, slot_SU], 0)
+  return total_PSX.at[0].add(part_BSUX.astype(jnp.float32).sum((0, 2)))
+
+
+def triton_add_runs(
+  total_PSX: jax.Array,
+  rows_BUJX: jax.Array,
+  first_U: jax.Array,
+  begin_S: jax.Array,
+  end_S: jax.Array,
+  *,
+  base: int,
+) -> jax.Array:
+  """As add_runs, by a Pallas-Triton kernel: a program a key and piece, 8 rows at a time."""
+  (P, S, X), (B, U, J, _) = total_PSX.shape, rows_BUJX.shape
+  pieces = _pieces(X)
+
+  def kernel(total_g, rows_g, first_g, begin_g, end_g, out_g):
+    key, piece = pl.program_id(0), pl.program_id(1)
+    begin, end = begin_g[key], end_g[key]
+
+    # the result is in the total's place
+    @pl.when(end > begin)
+    def _():
+      low, high = (begin + (end - begin) * n // P for n in (piece, piece + 1))
+
+      def step(i, sums):
+        query = low + i * _ROWS_A_STEP + jnp.arange(_ROWS_A_STEP, dtype=jnp.int32)
+        inside = query < high
+        slot = base + key - plt.load(first_g.at[query], mask=inside, other=0)
+
+        def part(column, size, total):
+          shape = (_ROWS_A_STEP, size)
+          columns = column + jnp.arange(size, dtype=jnp.int32)
+          mask = jnp.broadcast_to(inside[:, None], shape)
+          for block in range(B):
+            row = jnp.where(inside, (block * U + query) * J + slot, 0)
+            index = jnp.broadcast_to(row[:, None], shape), jnp.broadcast_to(columns[None], shape)
+            part = plt.load(rows_g.at[index], mask=mask, other=0.0)
+            total = total + part.astype(jnp.float32).sum(0)
+          return total
+
+        return tuple(part(*at, total) for at, total in zip(pieces, sums, strict=True))
+
+      row = piece * S + key
+      start_sums = tuple(plt.load(total_g.at[row, pl.ds(*at)]) for at in pieces)
+      sums = lax.fori_loop(0, pl.cdiv(high - low, _ROWS_A_STEP), step, start_sums)
+      for at, value in zip(pieces, sums, strict=True):
+        plt.store(out_g.at[row, pl.ds(*at)], value)
+
+  flat = total_PSX.reshape(P * S, X)
+  out = pallas_triton.call(
+    kernel, flat, rows_BUJX.reshape(-1, X), first_U, begin_S, end_S,
+    grid=(S, P), out=jax.ShapeDtypeStruct(flat.shape, jnp.float32), aliases={0: 0},
+  )  # fmt: skip
+  return out.reshape(P, S, X)

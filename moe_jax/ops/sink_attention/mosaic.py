@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from moe_jax.ops.backends import on_hopper
-from moe_jax.ops.row_sums import add_rows, inverse
+from moe_jax.ops.row_sums import add_rows, add_runs, inverse
 from moe_jax.ops.sink_attention import (
   mosaic_backward,
   mosaic_forward,
@@ -154,43 +154,48 @@ def _attend_backward(sizes, kept, cotangents):
     None if index_M is None else padded(index_M.reshape(T, -1)).reshape(num_chunks, U, -1)
   )
 
-  # an entry that most queries see is summed by as many programs as there are pieces of a chunk
-  entries = R - T
-  pieces = _PIECES if index_M is None else 1
-  places = T + pieces * entries
+  entries, listed = R - T, index_M is not None
+  token_seen_by = _seen_by(run_T4[:, :2], jnp.arange(T, dtype=jnp.int32))
+  entry_seen_by = _seen_by(run_T4[:, 2:], T + jnp.arange(entries, dtype=jnp.int32))
 
-  def chunk(total_XC, at):
+  def chunk(totals, at):
+    token_PTC, entry_PEC = totals
     first, run_U4, index_UK = at
     dq_UHC, part_GMC = mosaic_backward.backward(
       first[None], q_THC, do_THC, row_RC, run_T4, index_M, lse_TH, delta_TH,
       queries=U, slots=J, window_slots=window_slots, scale=scale, native=native,
     )  # fmt: skip
-    key_UJ = _keys(run_U4, index_UK, window_slots, entry_slots, nobody=places)
-    if pieces > 1:
-      piece_U1 = jnp.arange(U, dtype=jnp.int32)[:, None] * pieces // U
-      key_UJ = jnp.where(key_UJ < T, key_UJ, jnp.minimum(key_UJ + piece_U1 * entries, places))
-    key_M = jnp.tile(key_UJ.reshape(-1), head_blocks)
-    order_M, begin = inverse(key_M, places)
-    return add_rows(total_XC, part_GMC.reshape(-1, C), order_M, begin), dq_UHC
+    part_GUJC = part_GMC.reshape(head_blocks, U, J, C)
+    here = lambda seen_by: (jnp.clip(a - first, 0, U) for a in seen_by)
+    token_PTC = add_runs(token_PTC, part_GUJC, run_U4[:, 0], *here(token_seen_by), base=0)
+    if not entries:
+      return (token_PTC, entry_PEC), dq_UHC
+    if index_UK is None:
+      entry_PEC = add_runs(
+        entry_PEC, part_GUJC, run_U4[:, 2] - T, *here(entry_seen_by), base=window_slots
+      )
+      return (token_PTC, entry_PEC), dq_UHC
+    slot_K = jnp.arange(entry_slots)
+    entry_UK = jnp.where(slot_K < run_U4[:, 3:], run_U4[:, 2:3] - T + index_UK, entries)
+    order_M, begin = inverse(jnp.tile(entry_UK.reshape(-1), head_blocks), entries)
+    row_M = order_M // entry_slots * J + window_slots + order_M % entry_slots
+    entry_EC = add_rows(entry_PEC[0], part_GMC.reshape(-1, C), row_M, begin)
+    return (token_PTC, entry_EC[None]), dq_UHC
 
   starts = jnp.arange(num_chunks, dtype=jnp.int32) * U
-  zeros = jnp.zeros((places, C), jnp.float32)
-  total_XC, dq_QUHC = lax.scan(chunk, zeros, (starts, run_QUx4, index_QUxK))
-  entry_total_EC = total_XC[T:].reshape(pieces, entries, C).sum(0)
-  total_RC = jnp.concatenate([total_XC[:T], entry_total_EC])
+  # an entry that most queries see is summed by several programs
+  zeros = jnp.zeros((1, T, C), jnp.float32), jnp.zeros((1 if listed else _PIECES, entries, C))
+  (token_PTC, entry_PEC), dq_QUHC = lax.scan(chunk, zeros, (starts, run_QUx4, index_QUxK))
+  total_RC = jnp.concatenate([token_PTC.sum(0), entry_PEC.sum(0)])
   dq_THC = dq_QUHC.reshape(num_chunks * U, H, C)[:T]
   none = lambda a: None if a is None else np.zeros(a.shape, jax.dtypes.float0)
   return dq_THC, total_RC.astype(row_RC.dtype), dsink_H, none(run_T4), none(index_M)
 
 
-def _keys(run_U4, index_UK, window_slots: int, entry_slots: int, *, nobody: int) -> jax.Array:
-  """The row behind every slot of some queries, `nobody` where there is none."""
-  window_first, window_count, entry_first, entry_count = (run_U4[:, i, None] for i in range(4))
-  slot_W, slot_K = jnp.arange(window_slots), jnp.arange(entry_slots)
-  window_UW = jnp.where(slot_W < window_count, window_first + slot_W, nobody)
-  within = slot_K if index_UK is None else index_UK
-  entry_UK = jnp.where(slot_K < entry_count, entry_first + within, nobody)
-  return jnp.concatenate([window_UW, entry_UK], axis=1).astype(jnp.int32)
+def _seen_by(run_T2: jax.Array, key_S: jax.Array) -> tuple[jax.Array, ...]:
+  """The first query that sees each key, and the one behind the last, by first key and count."""
+  find = lambda a: jnp.searchsorted(a, key_S, side='right').astype(jnp.int32)
+  return find(run_T2.sum(1)), find(run_T2[:, 0])
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -10,7 +10,10 @@ from jaxtyping import Array, Bool, Int
 
 
 class Spans(NamedTuple):
-  """First token or entry of each query's run, by its index in the row, and how many."""
+  """First token or entry of each query's run, by its index in the row, and how many.
+
+  Along a row no run begins or ends before the last one did, also where it is empty.
+  """
 
   window_first_BS: jax.Array
   window_count_BS: jax.Array
@@ -38,7 +41,7 @@ def spans(
   closes_BS = real_BS & ((position_BS + 1) % ratio == 0)
   count_BS = jnp.where(real_BS, (position_BS + 1) // ratio, 0)
   closed_BS = jnp.cumsum(closes_BS, axis=1, dtype=jnp.int32)
-  return Spans(first_BS, back_BS + 1, jnp.where(real_BS, closed_BS - count_BS, 0), count_BS)
+  return Spans(first_BS, back_BS + 1, closed_BS - count_BS, count_BS)
 
 
 def visible(
