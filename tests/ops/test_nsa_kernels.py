@@ -1,5 +1,7 @@
 """NSA's kernels, interpreted, against its masks: values and gradients over several documents."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +12,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe_jax.ops import nsa
 from moe_jax.ops.attention.grouped import grouped_probabilities, weighted_values
 from moe_jax.ops.blocks import Span
-from moe_jax.ops.nsa import fused, runs, triton_runs
+from moe_jax.ops.nsa import fused, mosaic_importance, runs, triton_runs
 from moe_jax.ops.nsa.triton_choice import top_blocks
 from tests.ops.documents import together
 
 # G key-value heads  M query heads of each  C width
 G, M, C, SCALE = 2, 4, 16, 0.25
 SIZES = nsa.Sizes(compress_length=4, stride=2, select_length=4, top_blocks=4, window=6)
+
+
+@contextlib.contextmanager
+def interpreted(capfd):
+  """Mosaic kernels, with the race detector."""
+  try:
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+      yield
+  finally:
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+  assert 'RACE DETECTED' not in ''.join(capfd.readouterr())
 
 
 def compare(documents, dtype, tolerance):
@@ -65,42 +78,61 @@ def test_rows_of_several_documents_and_chunks(monkeypatch):
   compare([[70, 1, 65], [2, 90]], jnp.float32, 1e-5)
 
 
-@pytest.mark.parametrize('start', (0, 8))
-def test_block_scores_are_sums_of_probabilities_over_heads_and_overlaps(start):
-  q, k = (jax.random.normal(jax.random.key(i), (n, G, M, C)) for i, n in ((0, 40), (1, 20)))
-  first = np.arange(40, dtype=np.int32) // 16 * 4
-  count = np.arange(40, dtype=np.int32) % 16
-  k_RGC = k[:, :, 0]
-  score = np.asarray(jnp.einsum('tgmc,rgc->tgmr', q, k_RGC)) * SCALE
-  want = np.zeros((40, G, 9))
-  lse = np.full((40, G, M), -1e30, np.float32)
-  for t in range(40):
+def probabilities(q, k_RGC, first, count):
+  """Summed over the heads of a group, in float64, and the base-2 logsumexp."""
+  score = np.asarray(jnp.einsum('tgmc,rgc->tgmr', q, k_RGC), np.float64) * SCALE
+  T, groups, heads = score.shape[:3]
+  sums = np.zeros((T, groups, k_RGC.shape[0]))
+  lse = np.full((T, groups, heads), -1e30, np.float32)
+  for t in range(T):
     seen = slice(first[t], first[t] + count[t])
-    e = np.exp(score[t, :, :, seen])
     if count[t]:
+      e = np.exp(score[t, :, :, seen])
       lse[t] = np.log2(e.sum(-1))
-      p = (e / e.sum(-1, keepdims=True)).sum(1)
-      for i in range(count[t]):
-        for place in (i, i + 1):  # key i covers two places, a block two
-          want[t, :, place // 2] += p[:, i]
-  got, scored = triton_runs.block_scores(
-    q, k_RGC, jnp.asarray(first), jnp.asarray(count), jnp.asarray(lse), jnp.array([start]),
-    queries=32, blocks=9, per_block=2, reach=2, scale=SCALE,
-  )  # fmt: skip
-  got = np.where(np.arange(9) < np.asarray(scored)[:, None, None], got, 0)
-  np.testing.assert_allclose(got, want[start : start + 32], atol=1e-4)
+      sums[t, :, seen] = (e / e.sum(-1, keepdims=True)).sum(1)
+  return sums, lse
+
+
+@pytest.mark.parametrize('start', (0, 32))
+@pytest.mark.parametrize('by', ('triton', 'mosaic'))
+def test_importance_is_the_sum_of_probabilities_over_heads(by, start, capfd):
+  heads, width, dtype = (M, C, jnp.float32) if by == 'triton' else (8, 64, jnp.bfloat16)
+  q = jax.random.normal(jax.random.key(0), (50, G, heads, width)).astype(dtype)
+  k = jax.random.normal(jax.random.key(1), (180, G, width)).astype(dtype)
+  t = np.arange(50, dtype=np.int32)
+  first, count = t // 20 * 60, t % 20 * 3
+  wide = q.astype(jnp.float32), k.astype(jnp.float32)
+  want, lse = probabilities(*wide, first, count)
+  args = q, k, jnp.asarray(first), jnp.asarray(count), jnp.asarray(lse), jnp.array([start])
+  if by == 'triton':
+    got = triton_runs.importance(*args, queries=32, scale=SCALE)
+  else:
+    with interpreted(capfd):
+      got = mosaic_importance.importance(*args, queries=32, scale=SCALE)
+  behind = np.arange(180) - first[:, None]
+  seen = ((behind >= 0) & (behind < count[:, None]))[:, None]
+  n = min(32, 50 - start)
+  got = np.where(seen[start : start + n], np.asarray(got)[:n, :, :180], 0)
+  np.testing.assert_allclose(got, want[start : start + n], atol=1e-4)
 
 
 def test_chosen_blocks_are_the_forced_and_the_best_the_earliest_of_equals():
-  last, scored = np.array([0, 1, 4, 9, 10]), np.array([0, 1, 3, 9, 11])
-  # few values, so that many are equal
-  score = np.asarray(jax.random.randint(jax.random.key(0), (5, 1, 11), 0, 4), np.float32)
-  got = np.asarray(top_blocks(jnp.asarray(score), jnp.asarray(scored), jnp.asarray(last), k=6))
-  for q, g in np.ndindex(5, 1):
-    value = np.where(np.arange(11) < scored[q], score[q, g], 0)
+  last, count = np.array([0, 1, 4, 9, 10]), np.array([0, 1, 6, 18, 22])
+  first = np.array([0, 3, 1, 0, 2])
+  # few values, so that many are equal; what is not seen is not read
+  sums = np.asarray(jax.random.randint(jax.random.key(0), (5, 1, 26), 0, 3), np.float32)
+  behind = np.arange(26) - first[:, None]
+  seen = (behind >= 0) & (behind < count[:, None])
+  args = np.where(seen[:, None], sums, np.nan), first, count, last
+  got = np.asarray(top_blocks(*map(jnp.asarray, args), k=6, blocks=11, per_block=2, reach=2))
+  for q in range(5):
+    value = np.zeros(11 + 1)
+    for i in range(count[q]):
+      for place in (i, i + 1):  # each covers two places, a block two
+        value[place // 2] += sums[q, 0, first[q] + i]
     forced = {0, int(last[q]), max(int(last[q]) - 1, 0)}
     order = sorted(range(last[q] + 1), key=lambda j: (j not in forced, -value[j], j))
-    assert set(got[q, g, : len(order)]) == set(order[:6])
+    assert set(got[q, 0, : len(order)]) == set(order[:6])
 
 
 DENSE = [
@@ -111,7 +143,9 @@ DENSE = [
 
 
 @pytest.mark.parametrize(('documents', 'heads'), DENSE)
-def test_gradients_of_runs_by_the_dense_kernels_are_those_of_the_masks(documents, heads, capfd):
+def test_runs_by_the_dense_kernels_are_the_masks_and_so_are_their_gradients(
+  documents, heads, capfd
+):
   B, S, width = len(documents), max(map(sum, documents)) + 2, 64
   first_BS, count_BS = fused.blocks_seen(*together(documents, S), SIZES)
   N = -(-S // SIZES.stride)
@@ -133,15 +167,13 @@ def test_gradients_of_runs_by_the_dense_kernels_are_those_of_the_masks(documents
   score = jnp.where(jnp.moveaxis(seen, 3, 1), score, -jnp.inf)
   lse = jnp.maximum(jax.nn.logsumexp(score, axis=-1) / np.log(2), -1e30)
   delta = (o * do.astype(jnp.float32)).sum(-1)
-  try:
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-      got = runs.dense_gradients(q, k, v, first_BS, count_BS, do, lse, delta, scale=SCALE)
-  finally:
-    interpret_pallas_call.reset_gpu_interpret_mode_state()
-  for a, b in zip(got, pull(do.astype(jnp.float32)), strict=True):
+  with interpreted(capfd):
+    got = runs.dense_gradients(q, k, v, first_BS, count_BS, do, lse, delta, scale=SCALE)
+    got_o, got_lse = runs.dense_forward(q, k, v, first_BS, count_BS, scale=SCALE)
+  np.testing.assert_allclose(got_lse, lse, atol=1e-3, rtol=1e-5)
+  for a, b in zip((got_o, *got), (o, *pull(do.astype(jnp.float32))), strict=True):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert np.linalg.norm(a - b) < 5e-3 * np.linalg.norm(b)
-  assert 'RACE DETECTED' not in ''.join(capfd.readouterr())
 
 
 def test_the_kernels_say_why_they_cannot():

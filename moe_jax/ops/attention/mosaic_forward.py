@@ -53,6 +53,7 @@ def forward(
   v_BSGV: jax.Array,
   first_BS: jax.Array,
   sink_H: jax.Array | None,
+  last_BS: jax.Array | None = None,
   *,
   scale: float,
   tile: Tile = TILE,
@@ -62,6 +63,8 @@ def forward(
 
   Args:
     first_BS: padded to whole tiles too.
+    last_BS: the last key that each query sees, nondecreasing, `first` - 1 where there is none, of
+      whom nothing is defined; keys may then be of another number. None: the query's own.
     in_registers: whether probabilities stay there; the interpreter cannot.
   """
   B, S, H, C = q_BSHC.shape
@@ -72,13 +75,16 @@ def forward(
   base2 = math.log2(math.e)
   dtype = q_BSHC.dtype
 
-  def kernel(q_g, k_g, v_g, first_g, sink_g, o_g, lse_g, *shared):
+  def kernel(q_g, k_g, v_g, first_g, last_g, sink_g, o_g, lse_g, *shared):
     (q_s, o_s), k_s, v_s, lse_s, q_full, k_full, v_full, k_empty, v_empty, turn, p_s = shared
     b, h, t = (lax.axis_index(name) for name in ('row', 'head', 'tile'))
     group = lax.axis_index('warpgroup')
     base = (num_tiles - 1 - t) * ROWS
     begin = lax.div(first_g[b, base], jnp.int32(N))
-    end = pl.cdiv(lax.min(base + ROWS, S), N)
+    # behind the last key of a query
+    stop = lambda query: query + 1 if last_g is None else last_g[b, query] + 1
+    end = pl.cdiv(lax.min(base + ROWS, S) if last_g is None else stop(base + ROWS - 1), N)
+    end = lax.max(end, begin + 1)
     last = end - 1
 
     @pl.when(group < 2)
@@ -91,9 +97,11 @@ def forward(
       slot_of = lambda step: lax.rem(step - begin, jnp.int32(stages))
       turns = Turns(group, turn)
       first = by_row(first_g.at[b, rows])
+      final = None if last_g is None else by_row(last_g.at[b, rows])
       # blocks with a key before the `first` of some query, with all keys seen, with later keys
       clear_begin = lax.min(pl.cdiv(first_g[b, row + SLAB - 1], N), last)
-      clear_end = lax.clamp(clear_begin, lax.div(row, jnp.int32(N)), last)
+      clear_end = lax.div(row if last_g is None else stop(row), jnp.int32(N))
+      clear_end = lax.clamp(clear_begin, clear_end, last)
 
       def await_stage(full_barrier, step):
         plgpu.barrier_wait(full_barrier.at[slot_of(step)])
@@ -146,8 +154,9 @@ def forward(
       def softmax(carry, step, masked):
         s, largest, total, sums = carry
         if masked:
-          key, query = index(s.shape, 1) + step * N, index(s.shape, 0) + row
-          s = jnp.where((key >= along_rows(first, N)) & (key <= query), s, -jnp.inf)
+          key = index(s.shape, 1) + step * N
+          until = index(s.shape, 0) + row if final is None else along_rows(final, N)
+          s = jnp.where((key >= along_rows(first, N)) & (key <= until), s, -jnp.inf)
         new = jnp.maximum(largest, s.max(axis=1) * (scale * base2))
         shrink = jnp.exp2(largest - new)
         p = jnp.exp2(s * (scale * base2) - along_rows(new, N))
@@ -224,4 +233,4 @@ def forward(
       None if in_registers else plgpu.Barrier(num_barriers=2),
       None if in_registers else tiled((2, SLAB, N), dtype),
     ),
-  )(q_BSHC, k_BSGC, v_BSGV, first_BS, sink_H)
+  )(q_BSHC, k_BSGC, v_BSGV, first_BS, last_BS, sink_H)

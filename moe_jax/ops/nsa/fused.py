@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.ops.attention import attention as dense
-from moe_jax.ops.nsa import runs, triton_blocks, triton_runs
+from moe_jax.ops.nsa import mosaic_importance, runs, triton_blocks, triton_runs
 from moe_jax.ops.nsa.reference import KeyValue, Sizes
 from moe_jax.ops.nsa.triton_choice import top_blocks
 from moe_jax.ops.row_sums import inverse
@@ -140,17 +140,21 @@ def _choose(
   T, G, M, _ = q_TGMC.shape
   blocks = -(-length // sizes.select_length)
   K = min(sizes.top_blocks, blocks)
-  step = max(triton_runs.ROWS // M, 1)
-  queries = max(1, min(T, _CHUNK_BYTES // (G * blocks * 4)) // step) * step
+  by_mosaic = runs.by_dense_kernels(q_TGMC) and M in (8, 16, 32, 64, 128)
+  importance = mosaic_importance.importance if by_mosaic else triton_runs.importance
+  step = max((mosaic_importance.ROWS if by_mosaic else triton_runs.ROWS) // M, 1)
+  queries = max(1, min(T, _CHUNK_BYTES // (G * k_RGC.shape[0] * 4)) // step) * step
 
   def chunk(start: jax.Array) -> jax.Array:
-    score_QGJ, scored_Q = triton_runs.block_scores(
-      q_TGMC, k_RGC, first_T, count_T, lse_TGM, start[None],
-      queries=queries, blocks=blocks, per_block=sizes.select_length // sizes.stride,
-      reach=sizes.compress_length // sizes.stride, scale=scale,
+    sum_QGR = importance(
+      q_TGMC, k_RGC, first_T, count_T, lse_TGM, start[None], queries=queries, scale=scale
+    )
+    cut = lambda a_T: lax.dynamic_slice(jnp.pad(a_T, (0, queries)), (start,), (queries,))
+    return top_blocks(
+      sum_QGR, cut(first_T), cut(count_T), cut(position_T) // sizes.select_length,
+      k=K, blocks=blocks, per_block=sizes.select_length // sizes.stride,
+      reach=sizes.compress_length // sizes.stride,
     )  # fmt: skip
-    position_Q = lax.dynamic_slice(jnp.pad(position_T, (0, queries)), (start,), (queries,))
-    return top_blocks(score_QGJ, scored_Q, position_Q // sizes.select_length, k=K)
 
   starts = jnp.arange(-(-T // queries), dtype=jnp.int32) * queries
   return lax.map(chunk, starts).reshape(-1, G, K)[:T]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.ops import pallas_triton
-from moe_jax.ops.attention import mosaic, mosaic_key_grads, mosaic_query_grads
+from moe_jax.ops.attention import mosaic, mosaic_forward, mosaic_key_grads, mosaic_query_grads
 from moe_jax.ops.attention.mosaic_common import ROWS
 from moe_jax.ops.nsa import triton_runs
 
@@ -45,6 +45,8 @@ def attention(
     first_BS: the run's first key, nondecreasing along a row, also where a run is empty.
     count_BS: its length; `first_BS + count_BS` is nondecreasing too.
   """
+  if by_dense_kernels(q_BSGMC):
+    return dense_forward(q_BSGMC, k_BNGC, v_BNGC, first_BS, count_BS, scale=scale)
   q_TGMC, k_RGC, v_RGC, *run = _flat(q_BSGMC, k_BNGC, v_BNGC, first_BS, count_BS)
   o_TGMC, lse_TGM = triton_runs.forward(q_TGMC, k_RGC, v_RGC, *run, scale=scale)
   return o_TGMC.reshape(q_BSGMC.shape), lse_TGM.reshape(q_BSGMC.shape[:-1])
@@ -82,6 +84,39 @@ def by_dense_kernels(q_BSGMC: jax.Array) -> bool:
   return mosaic.on_hopper() and q_BSGMC.dtype == jnp.bfloat16 and q_BSGMC.shape[-1] in (64, 128)
 
 
+def dense_forward(
+  q_BSGMC: jax.Array,
+  k_BNGC: jax.Array,
+  v_BNGC: jax.Array,
+  first_BS: jax.Array,
+  count_BS: jax.Array,
+  *,
+  scale: float,
+) -> tuple[jax.Array, jax.Array]:
+  """The output and its base-2 logsumexp by the kernel of dense attention."""
+  B, S, G, M, C = q_BSGMC.shape
+  o, lse_BHS = mosaic_forward.forward(
+    _eights(q_BSGMC.reshape(B, S, G * M, C)), _eights(k_BNGC), _eights(v_BNGC),
+    _tiles(first_BS, mode='edge'), None, _tiles(first_BS + count_BS - 1, mode='edge'),
+    scale=scale, in_registers=jax.default_backend() == 'gpu',
+  )  # fmt: skip
+  lse_BSGM = jnp.swapaxes(lse_BHS[..., :S], 1, 2).reshape(B, S, G, M)
+  some_BS11 = (count_BS > 0)[..., None, None]
+  lse_BSGM = jnp.where(some_BS11, lse_BSGM, triton_runs.NO_SCORE)
+  o_BSGMC = o[:, :S].reshape(q_BSGMC.shape)
+  return jnp.where(some_BS11[..., None], o_BSGMC, jnp.zeros_like(o_BSGMC)), lse_BSGM
+
+
+def _eights(a: jax.Array) -> jax.Array:
+  """Rows in eights, as TMA wants them."""
+  return jnp.pad(a, ((0, 0), (0, -a.shape[1] % 8)) + ((0, 0),) * (a.ndim - 2))
+
+
+def _tiles(a: jax.Array, **kw) -> jax.Array:
+  """A number of each row's in whole tiles."""
+  return jnp.pad(a, (*((0, 0),) * (a.ndim - 1), (0, -a.shape[-1] % ROWS)), **kw)
+
+
 def dense_gradients(
   q_BSGMC: jax.Array,
   k_BNGC: jax.Array,
@@ -96,17 +131,14 @@ def dense_gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """dq, dk and dv by the kernels of dense attention."""
   (B, S, G, M, C), N = q_BSGMC.shape, k_BNGC.shape[1]
-  # TMA wants rows in eights, and the kernels a number of each row's in whole tiles
-  eights = lambda a: jnp.pad(a, ((0, 0), (0, -a.shape[1] % 8)) + ((0, 0),) * (a.ndim - 2))
-  tiles = lambda a, **kw: jnp.pad(a, (*((0, 0),) * (a.ndim - 1), (0, -a.shape[-1] % ROWS)), **kw)
-  heads = lambda a: eights(a.reshape(B, S, G * M, C))
-  by_row = lambda a: tiles(jnp.swapaxes(a.reshape(B, S, G * M), 1, 2))
-  q, do, k, v = heads(q_BSGMC), heads(do_BSGMC), eights(k_BNGC), eights(v_BNGC)
+  heads = lambda a: _eights(a.reshape(B, S, G * M, C))
+  by_row = lambda a: _tiles(jnp.swapaxes(a.reshape(B, S, G * M), 1, 2))
+  q, do, k, v = heads(q_BSGMC), heads(do_BSGMC), _eights(k_BNGC), _eights(v_BNGC)
   sums = by_row(lse_BSGM), by_row(delta_BSGM)
   last_BS = first_BS + count_BS - 1
   how = {'scale': scale, 'in_registers': jax.default_backend() == 'gpu'}
   dq = mosaic_query_grads.query_grads(
-    q, k, v, do, *sums, tiles(first_BS, mode='edge'), tiles(last_BS, mode='edge'), **how
+    q, k, v, do, *sums, _tiles(first_BS, mode='edge'), _tiles(last_BS, mode='edge'), **how
   )
   # the first keys have by far the most queries: a program a query head keeps all of the chip busy
   spread = lambda a: jnp.repeat(a, M, axis=2)
@@ -115,7 +147,7 @@ def dense_gradients(
   begin_BN, end_BN = find('left')(last_BS), find('right')(first_BS)
   parts = mosaic_key_grads.key_grads(
     q, spread(k), spread(v), do, *sums,
-    tiles(end_BN, mode='edge'), tiles(begin_BN, mode='edge'), **how,
+    _tiles(end_BN, mode='edge'), _tiles(begin_BN, mode='edge'), **how,
   )  # fmt: skip
   total = lambda a: a.reshape(B, -1, G, M, C).astype(jnp.float32).sum(3)[:, :N]
   dk, dv = (total(a).astype(k.dtype) for a in parts)

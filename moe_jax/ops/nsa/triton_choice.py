@@ -1,10 +1,12 @@
-"""Triton kernel: which blocks a query takes, from their scores.
+"""Triton kernel: which blocks a query takes, from what its compressed blocks got of its attention.
 
 A warp keeps the scores of one query and group in registers and takes the largest `k` times: few are
-chosen, and a pass over a row in registers costs less than reading it. Traffic: every score once.
+chosen, and a pass over a row in registers costs less than reading it. Traffic: every sum once from
+device memory, and as often as blocks overlap from L1.
 """
 
-# Q queries  G key-value heads  J blocks of a document  K chosen blocks  R rows (Q*G)
+# Q queries  G key-value heads  R compressed blocks of all rows  J blocks of a document
+# K chosen blocks
 
 import jax
 import jax.numpy as jnp
@@ -21,28 +23,44 @@ _FORCED = 1e9
 
 
 def top_blocks(
-  score_QGJ: jax.Array, scored_Q: jax.Array, last_Q: jax.Array, *, k: int
+  sum_QGR: jax.Array,
+  first_Q: jax.Array,
+  count_Q: jax.Array,
+  last_Q: jax.Array,
+  *,
+  k: int,
+  blocks: int,
+  per_block: int,
+  reach: int,
 ) -> jax.Array:
   """int32 [Q, G, k]: the first block, the query's own, the one before, and those that score most.
 
   The earliest of equals. Where fewer than k blocks are there, the rest are any numbers below J.
+  Block j is `per_block` places from per_block * j on and scores the sum of what overlaps it, times
+  the overlap: the i-th compressed block of a document has the places i to i + reach - 1.
 
   Args:
-    score_QGJ: not negative; read of the first `scored_Q` blocks, the others score 0.
+    sum_QGR: not negative; read of the compressed blocks that a query sees, `count` from `first` on.
     last_Q: number of the query's own block, the last it may take.
+    blocks: J.
   """
-  Q, G, J = score_QGJ.shape
+  (Q, G, R), J = sum_QGR.shape, blocks
   rows, width = Q * G, 1 << max(J - 1, 1).bit_length()
 
-  def kernel(score_g, scored_g, last_g, out_g):
+  def kernel(sum_g, first_g, count_g, last_g, out_g):
     row = pl.program_id(0) * _ROWS + jnp.arange(_ROWS, dtype=jnp.int32)
     live, row = row < rows, jnp.minimum(row, rows - 1)
-    scored, last = (plt.load(ref.at[row // G])[:, None] for ref in (scored_g, last_g))
+    numbers = first_g, count_g, last_g
+    first, count, last = (plt.load(ref.at[row // G])[:, None] for ref in numbers)
     column = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (_ROWS, width))
-    at = jnp.broadcast_to(row[:, None], column.shape), jnp.minimum(column, J - 1)
-    score = plt.load(score_g.at[at], mask=column < jnp.minimum(scored, J), other=0.0)
-    # the interpreter reads masked places too
-    score = jnp.where(column < scored, score, 0.0)
+    score = jnp.zeros(column.shape, jnp.float32)
+    for ahead in range(1 - reach, per_block):
+      overlap = min(ahead + reach, per_block) - max(ahead, 0)
+      key = column * per_block + ahead
+      seen = (key >= 0) & (key < count)
+      at = jnp.broadcast_to(row[:, None], column.shape), jnp.where(seen, first + key, 0)
+      # the interpreter reads masked places too
+      score += overlap * jnp.where(seen, plt.load(sum_g.at[at], mask=seen, other=0.0), 0.0)
     forced = (column < 1) | (last - column < 2)
     score = jnp.where(forced, _FORCED, score)
     score = jnp.where(column <= jnp.minimum(last, J - 1), score, -1.0)
@@ -57,7 +75,7 @@ def top_blocks(
     lax.fori_loop(0, k, take, score)
 
   out = pallas_triton.call(
-    kernel, score_QGJ.reshape(rows, J), scored_Q, last_Q,
+    kernel, sum_QGR.reshape(rows, R), first_Q, count_Q, last_Q,
     grid=(pl.cdiv(rows, _ROWS),), out=jax.ShapeDtypeStruct((rows * k,), jnp.int32),
     num_warps=_ROWS, num_stages=1,
   )  # fmt: skip

@@ -249,7 +249,7 @@ def key_gradient(
   return dk, dv
 
 
-def block_scores(
+def importance(
   q_TGMC: jax.Array,
   k_RGC: jax.Array,
   first_T: jax.Array,
@@ -258,91 +258,43 @@ def block_scores(
   start: jax.Array,
   *,
   queries: int,
-  blocks: int,
-  per_block: int,
-  reach: int,
   scale: float,
-) -> tuple[jax.Array, jax.Array]:
-  """float32 [queries, G, blocks]: `forward`'s probabilities, summed over a group's heads and over
-  the keys that overlap with each block of `per_block` places, times the overlap; and how many of a
-  query's blocks have any, behind which may stand anything.
+) -> jax.Array:
+  """float32 [queries, G, R]: `forward`'s probabilities, summed over the heads of a group.
 
-  Of `queries` queries from `start` on. Key i of a run covers places i to i + reach - 1. The sums
-  are products with small whole numbers, of probabilities in two bfloat16 parts.
+  Of `queries` queries from `start` on. What a query does not see may hold anything.
   """
   T, G, M, C = q_TGMC.shape
   R, per_tile = k_RGC.shape[0], ROWS // M
-  assert KEYS % per_block == 0 and reach <= per_block
-  at_once = max(KEYS // per_block, 16)
-  width = -(-blocks // at_once) * at_once
-  far = 2**30
-
-  def overlaps(ahead: int):
-    """[KEYS, blocks] of keys with the blocks that begin at them, or `ahead` keys later."""
-    shape = KEYS, at_once
-    place = jnp.arange(KEYS, dtype=jnp.int32)[:, None] - ahead
-    begin = jnp.arange(at_once, dtype=jnp.int32)[None, :] * per_block
-    low = jnp.maximum(jnp.broadcast_to(place, shape), jnp.broadcast_to(begin, shape))
-    high = jnp.minimum(
-      jnp.broadcast_to(place + reach, shape), jnp.broadcast_to(begin + per_block, shape)
-    )
-    mine = jnp.broadcast_to(begin, shape) < KEYS
-    return jnp.where(mine, jnp.maximum(high - low, 0), 0).astype(jnp.bfloat16)
 
   def kernel(q_g, k_g, first_g, count_g, lse_g, start_g, out_g):
     at, group = pl.program_id(0), pl.program_id(1)
-    base = start_g[0]
-    tile = Tile(base + at * per_tile, group, T, G, M)
+    tile = Tile(start_g[0] + at * per_tile, group, T, G, M)
     q, lse = load_rows(q_g, tile.row, C), plt.load(lse_g.at[tile.row])
     first, count = plt.load(first_g.at[tile.query]), plt.load(count_g.at[tile.query])
+    begin, _, steps = _walk(first, count, R)
     query = at * per_tile + jnp.arange(per_tile, dtype=jnp.int32)
-    own = plt.load(first_g.at[jnp.minimum(base + query, T - 1)])
-    here, next_ = overlaps(0), overlaps(KEYS)
 
-    def over_heads(p, weights):
-      high = p.astype(jnp.bfloat16)
-      low = (p - high.astype(jnp.float32)).astype(jnp.bfloat16)
-      y = plt.dot(high, weights) + plt.dot(low, weights)
-      return y.reshape(per_tile, M, at_once).sum(1)
+    def block(i, _):
+      key = begin + i * KEYS + jnp.arange(KEYS, dtype=jnp.int32)
+      k = load_rows(k_g, jnp.minimum(key, R - 1) * G + group, C)
+      p = jnp.exp2(plt.dot(q, k, trans_b=True) * (scale * LOG2E) - lse[:, None])
+      shape = per_tile, KEYS
+      inside = (query < queries)[:, None] & (key < R)[None, :]
+      row = jnp.where(inside, jnp.broadcast_to((query * G + group)[:, None], shape), queries * G)
+      index = row, jnp.broadcast_to(key[None, :], shape)
+      plt.store(out_g.at[index], p.reshape(per_tile, M, KEYS).sum(1), mask=inside)
 
-    def document(begin):
-      """Of the queries whose runs begin there; then the next such place."""
-      mine = (first == begin) & tile.live
-      end = jnp.where(mine, first + count, begin).max()
-
-      def block(i, carried):
-        key = begin + i * KEYS + jnp.arange(KEYS, dtype=jnp.int32)
-        k = load_rows(k_g, jnp.minimum(key, R - 1) * G + group, C)
-        p = jnp.exp2(plt.dot(q, k, trans_b=True) * (scale * LOG2E) - lse[:, None])
-        p = jnp.where(_visible(key, first, count) & mine[:, None], p, 0.0)
-        score = over_heads(p, here) + carried
-        shape = per_tile, at_once
-        column = i * (KEYS // per_block) + jnp.arange(at_once, dtype=jnp.int32)
-        row = (query * G + group)[:, None]
-        inside = ((own == begin) & (query < queries))[:, None] & (column < width)[None, :]
-        inside &= (jnp.arange(at_once) < KEYS // per_block)[None, :]
-        row = jnp.where(inside, jnp.broadcast_to(row, shape), queries * G)
-        index = row, jnp.broadcast_to(column[None, :], shape)
-        plt.store(out_g.at[index], score, mask=inside)
-        return over_heads(p, next_)
-
-      # one block more than there are keys, for what the last of them carries
-      steps = jnp.where(end > begin, pl.cdiv(end - begin, KEYS) + 1, 0)
-      lax.fori_loop(0, steps, block, jnp.zeros((per_tile, at_once), jnp.float32))
-      return jnp.where(first > begin, first, far).min()
-
-    lax.while_loop(lambda begin: begin < far, document, first.min())
+    lax.fori_loop(0, steps, block, None)
 
   flat = lambda a: a.reshape(-1, a.shape[-1])
   out = pallas_triton.call(
     kernel, flat(q_TGMC), flat(k_RGC), first_T, count_T, lse_TGM.reshape(-1), start,
     grid=(pl.cdiv(queries, per_tile), G),
-    out=jax.ShapeDtypeStruct((queries * G, width), jnp.float32),
+    out=jax.ShapeDtypeStruct((queries * G, R), jnp.float32),
     num_warps=8, num_stages=2,
   )  # fmt: skip
-  count_Q = lax.dynamic_slice(jnp.pad(count_T, (0, queries)), (start[0],), (queries,))
-  scored_Q = jnp.where(count_Q > 0, pl.cdiv(count_Q + reach - 1, per_block), 0)
-  return out.reshape(queries, G, width)[..., :blocks], scored_Q
+  return out.reshape(queries, G, R)
 
 
 def _seen_by(first_T: jax.Array, count_T: jax.Array, blocks: int, queries: int) -> jax.Array:
