@@ -1,6 +1,7 @@
 """Whole models by the kernels of MoBA, NSA and V4's attention against masks over all pairs."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -32,27 +33,30 @@ MODELS = {
   'nsa': kinds.tiny('nsa', nsa=NSA, **ONE),
   'moba': kinds.tiny('moba', moba=MOBA, **ONE),
 }  # fmt: skip
+# rows of one document pair each; leaves of fewer numbers are judged as single draws
+BATCHES, FEW = 8, 64
 
 
-def gradient(cfg, precision: str, length: int):
-  """Of all variables, over two documents and padding."""
+def gradients(cfg, precision: str, length: int, *, batches: int = 1):
+  """Of all variables, for each of some batches of two documents and padding."""
   cut = length * 5 // 8
   place = np.arange(length)
   segment = np.where(place < cut, 1, np.where(place < length - 7, 2, 0))[None]
   position = np.where(segment == 1, place, np.where(segment == 2, place - cut, 0))
-  ids = np.random.default_rng(0).integers(0, 40, (1, length))
+  ids_N1S = np.random.default_rng(0).integers(0, 40, (batches, 1, length))
   matmuls = jax.default_matmul_precision('highest' if precision == 'float32' else 'default')
   with jax.set_mesh(sh.make_mesh((1, 1, 1))), matmuls:
-    where = kinds.where_of(ids, segment, position)
     _, variables = tiny_v4.make(cfg, rows=1)
 
-    def loss(params, rest):
+    def loss(params, rest, where):
       out: Any = Decoder(cfg, policy(precision)).apply({'params': params, **rest}, where)
       wide = out.hidden_BSD.astype(np.float32) * (segment > 0)[..., None]
       return (wide**4).mean() + sum(out.aux[k].sum() for k in out.aux if k == 'indexer_loss')
 
     rest = {k: v for k, v in variables.items() if k != 'params'}
-    return jax.device_get(jax.jit(jax.grad(loss))(variables['params'], rest))
+    of_batch = jax.jit(jax.grad(loss))
+    batches_N = [kinds.where_of(ids, segment, position) for ids in ids_N1S]
+    return [jax.device_get(of_batch(variables['params'], rest, where)) for where in batches_N]
 
 
 def by_masks(monkeypatch):
@@ -60,13 +64,18 @@ def by_masks(monkeypatch):
     monkeypatch.setattr(module, 'unsupported', lambda *_: 'is told not to')
 
 
-def distance(a, b):
-  """Of every leaf, by its name: relative Frobenius."""
-  pairs = zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True)
+def distance(some, exact):
+  """Of every leaf, by its name: relative Frobenius over all batches together."""
+  stack = lambda trees: jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+  some, exact = flat(stack(some)), flat(stack(exact))
   return {
-    jax.tree_util.keystr(path): np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-12)
-    for (path, x), y in pairs
+    name: np.linalg.norm(some[name] - y) / max(np.linalg.norm(y), 1e-12)
+    for name, y in exact.items()
   }
+
+
+def flat(tree) -> dict[str, np.ndarray]:
+  return {jax.tree_util.keystr(k): x for k, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @pytest.mark.gpu
@@ -74,14 +83,16 @@ def distance(a, b):
 @pytest.mark.skipif(jax.default_backend() != 'gpu', reason='needs a GPU')
 @pytest.mark.parametrize('name', MODELS)
 def test_kernels_train_as_masks_do(name, monkeypatch):
-  kernels = gradient(MODELS[name], 'bfloat16', 544)
+  several = functools.partial(gradients, MODELS[name], length=544, batches=BATCHES)
+  kernels = several('bfloat16')
   by_masks(monkeypatch)
-  masked, exact = (gradient(MODELS[name], p, 544) for p in ('bfloat16', 'float32'))
+  masked, exact = several('bfloat16'), several('float32')
   # entries and blocks at the cut of a choice change places with any rounding
   got, allowed = distance(kernels, exact), distance(masked, exact)
-  worse = {
-    name: (got[name], allowed[name]) for name in got if got[name] > 1.25 * allowed[name] + 5e-3
-  }
+  sizes = {k: x.size for k, x in flat(exact[0]).items()}
+  # rounding of a scalar is one draw a batch: two sets of 8 draws differ by half of their spread
+  slack = lambda size: 1.25 if size > FEW else 2.0
+  worse = {k: (got[k], allowed[k]) for k in got if got[k] > slack(sizes[k]) * allowed[k] + 5e-3}
   assert not worse
 
 
@@ -89,6 +100,6 @@ def test_kernels_train_as_masks_do(name, monkeypatch):
 def test_moba_by_kernels_is_moba_by_masks(monkeypatch):
   small = dataclasses.replace(MOBA, num_heads=4, d_head=16, d_value=16, block_size=8)
   cfg = kinds.tiny('moba', moba=small, num_layers=1, num_dense_layers=1)
-  exact = gradient(cfg, 'float32', 50)
+  exact = gradients(cfg, 'float32', 50)
   monkeypatch.setattr(moba.moba, 'unsupported', lambda *_: None)
-  assert max(distance(gradient(cfg, 'float32', 50), exact).values()) < 1e-5
+  assert max(distance(gradients(cfg, 'float32', 50), exact).values()) < 1e-5
