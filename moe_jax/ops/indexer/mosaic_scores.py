@@ -162,7 +162,10 @@ def scores(
     num_threads=3,
     thread_name='warpgroup',
     kernel_name='index_scores',
-    compiler_params=plgpu.CompilerParams(approx_math=True),
+    # no barriers around each store of sums: those of commit_smem and of the wait before are enough
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+    ),
   )
   scale_S = key_scale_S if scaled else jnp.zeros((8,), jnp.float32)
   return launch(q_TJI.reshape(T * J, I), k_SI, weight_R, range_G2, scale_S)

@@ -148,6 +148,9 @@ def importance(
     num_threads=3,
     thread_name='warpgroup',
     kernel_name='nsa_importance',
-    compiler_params=plgpu.CompilerParams(approx_math=True),
+    # no barriers around each store of sums: those of commit_smem and of the wait before are enough
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+    ),
   )
   return launch(q_TGMC, k_RGC, lse_GX, range_N2, start_tile)
