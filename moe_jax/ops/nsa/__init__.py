@@ -51,6 +51,7 @@ def rows_attention(
 
   Args:
     compressed: keys and values [B, N, G, C] of the blocks that `closed_blocks` lists.
+    gate_BSGM3: not negative.
     position_BS: within the document, without gaps; 0 on padding, which is segment 0.
   """
 

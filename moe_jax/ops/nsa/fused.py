@@ -2,19 +2,23 @@
 
 A query's compressed blocks are a run of neighbours, as are its window's tokens; what it chose is a
 list of blocks. Importance is made for some queries at a time, so that nothing of [S, S] is held.
+
+Backward, the gate g of a branch scales its probabilities instead of the output's gradient: kernels
+are given lse - log2(g), and then the same gradient and sums serve all: no branch has its own copy.
+
+  dk, dv, dq of  g softmax(s) v  =  those of  exp2(s - (lse - log2 g)) v,  delta = sum of o do
 """
 
 # B batch  S tokens  N compressed blocks  G key-value heads  M query heads of each  C width
 # K chosen blocks  T tokens of all rows (B*S)  R keys of all rows  J selection blocks of a document
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from moe_jax.ops.attention import attention as dense
 from moe_jax.ops.nsa import mosaic_importance, runs, triton_blocks, triton_runs
 from moe_jax.ops.nsa.reference import KeyValue, Sizes
 from moe_jax.ops.nsa.triton_choice import top_blocks
@@ -61,39 +65,98 @@ def attention(
 
   Args:
     compressed: of `closed_blocks` only, [B, N, G, C], in their order.
+    gate_BSGM3: not negative.
   """
-  B, S, G, M, C = q_BSGMC.shape
-  flat = lambda a: a.reshape(-1, *a.shape[2:])
-  row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
-  first_BS, count_BS = blocks_seen(position_BS, segment_BS, sizes)
-  first_T = flat(first_BS + row_B1 * compressed.k_BTGC.shape[1])
-  q_TGMC, count_T = flat(q_BSGMC), flat(count_BS)
-  out: Any = runs.attention(scale, q_BSGMC, *compressed, first_BS, count_BS)
-  o_BSGMC, lse_BSGM = out
-  outputs = [o_BSGMC]
+  branches = *compressed, *selected, *window
+  back_BS = jnp.minimum(position_BS, sizes.window - 1)
+  near = jnp.arange(position_BS.shape[1], dtype=jnp.int32) - back_BS, back_BS + 1
+  seen = blocks_seen(position_BS, segment_BS, sizes)
+  return _mixed((sizes, scale), q_BSGMC, branches, gate_BSGM3, seen, near, position_BS)
 
-  position_T, token_T = flat(position_BS), jnp.arange(B * S, dtype=jnp.int32)
-  chosen = functools.partial(_choose, sizes=sizes, scale=scale, length=S)
-  keys = flat(compressed.k_BTGC)
-  args = lax.stop_gradient((q_TGMC, keys, first_T, count_T, flat(lse_BSGM), position_T))
-  block_TGK = chosen(*args)
-  start_TGK = (token_T - position_T)[:, None, None] + block_TGK * sizes.select_length
-  some_T = jnp.minimum(position_T // sizes.select_length + 1, block_TGK.shape[-1])
-  statics = scale, sizes.select_length
-  picked: Any = _over_blocks(
-    statics, q_TGMC, flat(selected.k_BTGC), flat(selected.v_BTGV), start_TGK, some_T
-  )
-  outputs.append(picked.reshape(q_BSGMC.shape))
 
-  start_B = jnp.zeros_like(position_BS[:, 0])
-  near = dense(
-    q_BSGMC.reshape(B, S, G * M, C), window.k_BTGC, window.v_BTGV, segment_BS, segment_BS, start_B,
-    scale=scale, window=sizes.window,
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mixed(
+  statics: tuple[Sizes, float],
+  q_BSGMC: jax.Array,
+  branches: tuple[jax.Array, ...],
+  gate_BSGM3: jax.Array,
+  seen: tuple[jax.Array, jax.Array],
+  near: tuple[jax.Array, jax.Array],
+  position_BS: jax.Array,
+) -> jax.Array:
+  """The branches' outputs, mixed by their gates.
+
+  Args:
+    branches: keys and values of the three. seen, near: runs over compressed blocks and tokens.
+  """
+  return _mixed_forward(statics, q_BSGMC, branches, gate_BSGM3, seen, near, position_BS)[0]
+
+
+def _mixed_forward(statics, q_BSGMC, branches, gate_BSGM3, seen, near, position_BS):
+  sizes, scale = statics
+  S = q_BSGMC.shape[1]
+  compressed, selected, window = _pairs(branches)
+  attend = functools.partial(runs.forward, q_BSGMC, scale=scale)
+  parts = [attend(*compressed, seen[0], seen[1])]
+  row_B1 = jnp.arange(seen[0].shape[0], dtype=jnp.int32)[:, None]
+  first_T = _flat(seen[0] + row_B1 * compressed[0].shape[1])
+  position_T = _flat(position_BS)
+  block_TGK = _choose(
+    _flat(q_BSGMC), _flat(compressed[0]), first_T, _flat(seen[1]), _flat(parts[0][1]), position_T,
+    sizes=sizes, scale=scale, length=S,
   )  # fmt: skip
-  outputs.append(near.reshape(q_BSGMC.shape))
-  gate_BSGM3 = gate_BSGM3.astype(jnp.float32)
-  mixed = (gate_BSGM3[..., i, None] * o.astype(jnp.float32) for i, o in enumerate(outputs))
-  return sum(mixed, jnp.zeros(q_BSGMC.shape, jnp.float32)).astype(q_BSGMC.dtype)
+  document_T = jnp.arange(position_T.size, dtype=jnp.int32) - position_T
+  start_TGK = document_T[:, None, None] + block_TGK * sizes.select_length
+  some_T = jnp.minimum(position_T // sizes.select_length + 1, block_TGK.shape[-1])
+  o_TGMC, lse_TGM = triton_blocks.forward(
+    _flat(q_BSGMC), _flat(selected[0]), _flat(selected[1]), start_TGK, some_T,
+    length=sizes.select_length, scale=scale,
+  )  # fmt: skip
+  parts.append((o_TGMC.reshape(q_BSGMC.shape), lse_TGM.reshape(q_BSGMC.shape[:-1])))
+  parts.append(attend(*window, near[0], near[1]))
+  outs, lses = [o for o, _ in parts], [lse for _, lse in parts]
+  wide = lambda a: a.astype(jnp.float32)
+  mixed = sum(wide(gate_BSGM3[..., i, None]) * wide(o) for i, o in enumerate(outs))
+  kept = q_BSGMC, branches, gate_BSGM3, seen, near, position_BS, start_TGK, some_T, outs, lses
+  return jnp.asarray(mixed).astype(q_BSGMC.dtype), kept
+
+
+def _mixed_backward(statics, kept, do_BSGMC):
+  sizes, scale = statics
+  q_BSGMC, branches, gate_BSGM3, seen, near, position_BS, start_TGK, some_T, outs, lses = kept
+  wide = lambda a: a.astype(jnp.float32)
+  deltas = [(wide(o) * wide(do_BSGMC)).sum(-1) for o in outs]
+  lses = [lse - jnp.log2(wide(gate_BSGM3[..., i])) for i, lse in enumerate(lses)]
+  compressed, selected, window = _pairs(branches)
+
+  def of_run(i, pair, run):
+    sums = do_BSGMC, lses[i], deltas[i]
+    return runs.gradients(q_BSGMC, pair[0], pair[1], run[0], run[1], *sums, scale=scale)
+
+  of_blocks = _block_gradients(
+    _flat(q_BSGMC), _flat(selected[0]), _flat(selected[1]), start_TGK, some_T, _flat(do_BSGMC),
+     _flat(lses[1]), _flat(deltas[1]), length=sizes.select_length, scale=scale,
+  )  # fmt: skip
+  grads = of_run(0, compressed, seen), of_blocks, of_run(2, window, near)
+  dq_BSGMC = sum(wide(dq.reshape(q_BSGMC.shape)) for dq, _, _ in grads)
+  dbranches = tuple(d for _, dk, dv in grads for d in (dk, dv))
+  dbranches = tuple(d.reshape(a.shape) for d, a in zip(dbranches, branches, strict=True))
+  dgate_BSGM3 = jnp.stack(deltas, axis=-1).astype(gate_BSGM3.dtype)
+  none = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), (seen, near, position_BS))
+  return jnp.asarray(dq_BSGMC).astype(q_BSGMC.dtype), dbranches, dgate_BSGM3, *none
+
+
+_mixed.defvjp(_mixed_forward, _mixed_backward)
+
+
+def _pairs(branches):
+  """Keys and values of each."""
+  k1, v1, k2, v2, k3, v3 = branches
+  return (k1, v1), (k2, v2), (k3, v3)
+
+
+def _flat(a: jax.Array) -> jax.Array:
+  return a.reshape(-1, *a.shape[2:])
 
 
 def closed_blocks(
@@ -160,24 +223,21 @@ def _choose(
   return lax.map(chunk, starts).reshape(-1, G, K)[:T]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _over_blocks(statics: tuple[float, int], q_TGMC, k_TGC, v_TGC, start_TGK, count_T):
-  scale, length = statics
-  args = q_TGMC, k_TGC, v_TGC, start_TGK, count_T
-  return triton_blocks.forward(*args, length=length, scale=scale)[0]
-
-
-def _over_blocks_forward(statics, *args):
-  scale, length = statics
-  o_TGMC, lse_TGM = triton_blocks.forward(*args, length=length, scale=scale)
-  return o_TGMC, (*args, o_TGMC, lse_TGM)
-
-
-def _over_blocks_backward(statics, kept, do_TGMC):
-  scale, length = statics
-  q_TGMC, k_TGC, v_TGC, start_TGK, count_T, o_TGMC, lse_TGM = kept
+def _block_gradients(
+  q_TGMC: jax.Array,
+  k_TGC: jax.Array,
+  v_TGC: jax.Array,
+  start_TGK: jax.Array,
+  count_T: jax.Array,
+  do_TGMC: jax.Array,
+  lse_TGM: jax.Array,
+  delta_TGM: jax.Array,
+  *,
+  length: int,
+  scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """dq, dk and dv of attention over chosen blocks."""
   (T, G, K), C = start_TGK.shape, k_TGC.shape[-1]
-  delta_TGM = (o_TGMC.astype(jnp.float32) * do_TGMC.astype(jnp.float32)).sum(-1)
   operands = q_TGMC, do_TGMC, k_TGC, v_TGC
   sums = lse_TGM, delta_TGM
   dq_TGMC = triton_blocks.query_gradient(
@@ -203,7 +263,4 @@ def _over_blocks_backward(statics, kept, do_TGMC):
   zeros = jnp.zeros((T, G, C), jnp.float32)
   firsts = jnp.arange(chunks, dtype=jnp.int32) * queries
   (dk_TGC, dv_TGC), _ = lax.scan(chunk, (zeros, zeros), (firsts, starts, counts))
-  return dq_TGMC, dk_TGC.astype(k_TGC.dtype), dv_TGC.astype(v_TGC.dtype), None, None
-
-
-_over_blocks.defvjp(_over_blocks_forward, _over_blocks_backward)
+  return dq_TGMC, dk_TGC.astype(k_TGC.dtype), dv_TGC.astype(v_TGC.dtype)

@@ -9,7 +9,6 @@ a range, and so are a key's queries, as runs begin and end no earlier than the r
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,20 +44,11 @@ def attention(
     first_BS: the run's first key, nondecreasing along a row, also where a run is empty.
     count_BS: its length; `first_BS + count_BS` is nondecreasing too.
   """
-  if by_dense_kernels(q_BSGMC):
-    return dense_forward(q_BSGMC, k_BNGC, v_BNGC, first_BS, count_BS, scale=scale)
-  q_TGMC, k_RGC, v_RGC, *run = _flat(q_BSGMC, k_BNGC, v_BNGC, first_BS, count_BS)
-  o_TGMC, lse_TGM = triton_runs.forward(q_TGMC, k_RGC, v_RGC, *run, scale=scale)
-  return o_TGMC.reshape(q_BSGMC.shape), lse_TGM.reshape(q_BSGMC.shape[:-1])
-
-
-def _flat(q, k, v, first_BS, count_BS) -> list[jax.Array]:
-  first_BS = first_BS + k.shape[1] * jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
-  return [a.reshape(-1, *a.shape[2:]) for a in (q, k, v, first_BS, count_BS)]
+  return forward(q_BSGMC, k_BNGC, v_BNGC, first_BS, count_BS, scale=scale)
 
 
 def _forward(scale: float, *args):
-  out: Any = attention(scale, *args)
+  out = forward(*args, scale=scale)
   return out, (*args, *out)
 
 
@@ -66,18 +56,57 @@ def _backward(scale: float, kept, cotangents):
   q, k, v, first_BS, count_BS, o, lse = kept
   do, dlse = cotangents
   delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1) - dlse * math.log2(math.e)
-  if by_dense_kernels(q):
-    grads = dense_gradients(q, k, v, first_BS, count_BS, do, lse, delta, scale=scale)
-    return *grads, None, None
-  q_TGMC, k_RGC, v_RGC, *run = _flat(q, k, v, first_BS, count_BS)
-  sums = (a.reshape(-1, *a.shape[2:]) for a in (lse, delta))
-  args = q_TGMC, do.reshape(q_TGMC.shape), k_RGC, v_RGC, *run, *sums
-  dq = triton_runs.query_gradient(*args, scale=scale)
-  dk, dv = triton_runs.key_gradient(*args, scale=scale)
-  return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(k.shape), None, None
+  grads = gradients(q, k, v, first_BS, count_BS, do, lse, delta, scale=scale)
+  return *grads, None, None
 
 
 attention.defvjp(_forward, _backward)
+
+
+def forward(
+  q_BSGMC: jax.Array,
+  k_BNGC: jax.Array,
+  v_BNGC: jax.Array,
+  first_BS: jax.Array,
+  count_BS: jax.Array,
+  *,
+  scale: float,
+) -> tuple[jax.Array, jax.Array]:
+  """As `attention`, which has a derivative."""
+  args = q_BSGMC, k_BNGC, v_BNGC, first_BS, count_BS
+  if by_dense_kernels(q_BSGMC):
+    return dense_forward(*args, scale=scale)
+  o_TGMC, lse_TGM = triton_runs.forward(*_flat(*args), scale=scale)
+  return o_TGMC.reshape(q_BSGMC.shape), lse_TGM.reshape(q_BSGMC.shape[:-1])
+
+
+def gradients(
+  q_BSGMC: jax.Array,
+  k_BNGC: jax.Array,
+  v_BNGC: jax.Array,
+  first_BS: jax.Array,
+  count_BS: jax.Array,
+  do_BSGMC: jax.Array,
+  lse_BSGM: jax.Array,
+  delta_BSGM: jax.Array,
+  *,
+  scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """dq, dk and dv. lse: base 2. delta: the sum of o * do, less what the logsumexp's gradient is."""
+  args = q_BSGMC, k_BNGC, v_BNGC, first_BS, count_BS
+  if by_dense_kernels(q_BSGMC):
+    return dense_gradients(*args, do_BSGMC, lse_BSGM, delta_BSGM, scale=scale)
+  q_TGMC, k_RGC, v_RGC, *run = _flat(*args)
+  do_TGMC, *sums = (a.reshape(-1, *a.shape[2:]) for a in (do_BSGMC, lse_BSGM, delta_BSGM))
+  operands = q_TGMC, do_TGMC, k_RGC, v_RGC, *run, *sums
+  dq = triton_runs.query_gradient(*operands, scale=scale)
+  dk, dv = triton_runs.key_gradient(*operands, scale=scale)
+  return dq.reshape(q_BSGMC.shape), dk.reshape(k_BNGC.shape), dv.reshape(k_BNGC.shape)
+
+
+def _flat(q, k, v, first_BS, count_BS) -> list[jax.Array]:
+  first_BS = first_BS + k.shape[1] * jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
+  return [a.reshape(-1, *a.shape[2:]) for a in (q, k, v, first_BS, count_BS)]
 
 
 def by_dense_kernels(q_BSGMC: jax.Array) -> bool:
@@ -140,8 +169,10 @@ def dense_gradients(
   dq = mosaic_query_grads.query_grads(
     q, k, v, do, *sums, _tiles(first_BS, mode='edge'), _tiles(last_BS, mode='edge'), **how
   )
-  # the first keys have by far the most queries: a program a query head keeps all of the chip busy
-  spread = lambda a: jnp.repeat(a, M, axis=2)
+  # of few keys the first have by far the most queries: a program for each query head then keeps
+  # all of the chip busy
+  shared = M if N < S else 1
+  spread = lambda a: jnp.repeat(a, shared, axis=2)
   key_N = jnp.arange(k.shape[1], dtype=jnp.int32)
   find = lambda side: jax.vmap(lambda a: jnp.searchsorted(a, key_N, side=side).astype(jnp.int32))
   begin_BN, end_BN = find('left')(last_BS), find('right')(first_BS)
@@ -149,6 +180,6 @@ def dense_gradients(
     q, spread(k), spread(v), do, *sums,
     _tiles(end_BN, mode='edge'), _tiles(begin_BN, mode='edge'), **how,
   )  # fmt: skip
-  total = lambda a: a.reshape(B, -1, G, M, C).astype(jnp.float32).sum(3)[:, :N]
+  total = lambda a: a.reshape(B, -1, G, shared, C).astype(jnp.float32).sum(3)[:, :N]
   dk, dv = (total(a).astype(k.dtype) for a in parts)
   return dq[:, :S].reshape(q_BSGMC.shape), dk, dv

@@ -12,7 +12,7 @@ reads queries instead, and 8 of them share each block.
 """
 
 # T queries  G key-value heads  M query heads of each  C width  K chosen blocks  L block length
-# P pairs of a query and a block  X blocks of a group, by number  W shares  E shares of shared blocks
+# P pairs of a query and a block  X blocks of a group, by number  W programs  E blocks of several
 
 from typing import NamedTuple
 
