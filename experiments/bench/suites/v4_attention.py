@@ -1,10 +1,9 @@
 """DeepSeek-V4's attention in bfloat16, forward and backward, beside dense MLA of as many heads.
 
 A layer of V4-Flash: 64 heads of 512, a window of 128 tokens, and of every 4 tokens an entry, of
-which a query reads 512 (`csa`), or of every 128 one, all of them (`hca`). Projections, compressor
-and indexer are not part of it. `bwd` is both
-passes less the forward one. `mla` is dense causal
-attention, widths 192/128, measured with 4 heads and multiplied.
+which a query reads 512 (`csa`), or of every 128 one, all of them (`hca`); once with 128 heads.
+Projections, compressor and indexer are not part of it. `bwd` is both passes less the forward one.
+`mla` is dense causal attention, widths 192/128, measured with 4 heads and multiplied.
 
 Operations are those of pairs of a query and a key that it sees: 4 C a pair forward, 10 C backward.
 Bytes are counted: every operand and result once, and backward what each query adds to its rows,
@@ -30,6 +29,8 @@ from moe_jax.ops import sink_attention as op
 _KIB, _DENSE_HEADS, _CHECKED, _CHECKED_LENGTH = 1024, 4, 128, 16 * 1024
 _PARTS = 16
 LENGTHS = (64 * _KIB, 128 * _KIB, 4 * _KIB)
+# of 128 heads: the length whose gradients fit beside their operands
+_MANY_HEADS_LENGTH = 64 * _KIB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +82,18 @@ def run(only: str = '') -> Iterator[list[table.Row]]:
     yield run_case(tiny, timing.compile_all(calls(tiny)))
     return
   cases = [Case(kind, length) for length in LENGTHS for kind in ('csa', 'hca')]
-  cases = [case for case in cases if only in case.shape]
+  cases = [
+    case for case in (*cases, Case('csa', _MANY_HEADS_LENGTH, heads=128)) if only in case.shape
+  ]
   beside = [case for case in cases if case.kind == 'csa']
+  of_length = {case.length: dense_calls(case) for case in beside}
   programs = timing.compile_all(
-    [c for case in cases for c in calls(case)] + [c for case in beside for c in dense_calls(case)]
+    [c for case in cases for c in calls(case)] + [c for some in of_length.values() for c in some]
   )
   for i, case in enumerate(cases):
     yield run_case(case, programs[3 * i : 3 * i + 3])
-  for i, case in enumerate(beside):
-    at = 3 * (len(cases) + i)
+  for case in beside:
+    at = 3 * (len(cases) + list(of_length).index(case.length))
     yield dense(case, programs[at : at + 3])
 
 
