@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe_jax.ops import nsa
 from moe_jax.ops.attention.grouped import grouped_probabilities, weighted_values
 from moe_jax.ops.blocks import Span
-from moe_jax.ops.nsa import fused, mosaic_importance, runs, triton_blocks, triton_runs
+from moe_jax.ops.nsa import fused, mosaic_importance, runs, triton_block_keys, triton_runs
 from moe_jax.ops.nsa.triton_choice import top_blocks
 from tests.ops.documents import together
 
@@ -75,7 +75,7 @@ def test_kernels_of_all_branches_are_the_masks():
 def test_rows_of_several_documents_and_chunks(monkeypatch):
   monkeypatch.setattr(fused, '_CHUNK_BYTES', 1 << 12)
   monkeypatch.setattr(fused, '_CHUNK_CHOICES', 1 << 8)
-  monkeypatch.setattr(triton_blocks, '_MOST', 8)
+  monkeypatch.setattr(triton_block_keys, '_MOST', 8)
   compare([[70, 1, 65], [2, 90]], jnp.float32, 1e-5)
 
 

@@ -19,7 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_jax.ops.nsa import mosaic_importance, runs, triton_blocks, triton_runs
+from moe_jax.ops.nsa import (
+  mosaic_importance,
+  runs,
+  triton_block_keys,
+  triton_blocks,
+  triton_runs,
+)
 from moe_jax.ops.nsa.reference import KeyValue, Sizes
 from moe_jax.ops.nsa.triton_choice import top_blocks
 from moe_jax.ops.row_sums import inverse
@@ -255,7 +261,7 @@ def _block_gradients(
     number_QGK = jnp.where(jnp.arange(K) < count_Q[:, None, None], number_QGK, T * G)
     order_P, begin = inverse(number_QGK.reshape(-1), T * G)
     order_P = first + order_P // (G * K)
-    totals = triton_blocks.key_gradient(
+    totals = triton_block_keys.key_gradient(
       totals, *operands, order_P, begin, *sums, length=length, scale=scale
     )
     return totals, None
