@@ -4,9 +4,13 @@
 which is what their bytes count; `select` makes them too. Rows by length are of that many queries
 and keys, causal, in chunks: scores never exceed 512 MiB. Errors of scores are relative to float32
 products of the same inputs; float8's are its rounding. `lax.top_k` is XLA's own, unstable one.
+
+`v4` is what a layer of V4's CSA (see v4_attention) has besides: `choice` of 512 entries, one of
+every 4 tokens, and `loss`: what they got of the attention of 64 heads of 512, their index scores
+again, and the loss with its gradients.
 """
 
-# S queries  T keys  J index heads  I index width
+# S queries  T keys  J index heads  I index width  N entries
 
 import functools
 from collections.abc import Iterator
@@ -16,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import table, timing
+from experiments.bench.suites import v4_attention
+from moe_jax.ops import entry_index, sink_attention
 from moe_jax.ops.indexer import index_scores, mosaic_scores, select, select_keys, triton_top_k
 
 LIMIT = {'TFLOP/s': 790.0, 'GB/s': 3000.0}
@@ -33,6 +39,9 @@ def run(only: str = '') -> Iterator[list[table.Row]]:
   for length in LENGTHS:
     if only in f'length {length}':
       yield by_length(length, heads=64, width=128, k=2048)
+  for length in LENGTHS[-2:]:
+    if only in f'v4 S{length}':
+      yield of_entries(v4_attention.Case('csa', length), heads=64, width=128)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -106,6 +115,50 @@ def by_length(length: int, *, heads: int, width: int, k: int) -> list[table.Row]
         work=f'select {dtype}', by='kernels' if jax.default_backend() == 'gpu' else 'xla',
         shape=f'length S{length} J{heads} I{width} k{k}', length=length,
         gigabytes=(8 * pairs + q.nbytes + 4 * length * k) / 1e9, peak_gib=timing.peak_gib(call),
+      )
+    )  # fmt: skip
+  return rows
+
+
+def of_entries(case: v4_attention.Case, *, heads: int, width: int) -> list[table.Row]:
+  """The choice of V4's entries, and learning it."""
+  S, N, J, I = case.length, case.length // case.ratio, heads, width
+  q, _, entry, _, seen, index, _ = jax.jit(functools.partial(v4_attention.data, case))()
+  q_index, k_index, weight = data(S, N, J, I)
+  scored = q_index[None], k_index[None], weight[None]
+  # about what random scores sum to
+  lse = jnp.full((1, S, case.heads), 10.0)
+
+  def choice(scored, seen):
+    q, k, weight = scored
+    return entry_index.choose(q, k, weight, seen.entry_first_BS, seen.entry_count_BS, k=case.chosen)
+
+  def loss(scored, q, entry, lse, seen, index):
+    mass = sink_attention.chosen_mass(q, entry, lse, seen, index, scale=case.width**-0.5)
+    used = jnp.arange(case.chosen) < seen.entry_count_BS[..., None]
+
+    def of(scored):
+      q, k, weight = scored
+      score = entry_index.chosen_scores(q, k, weight, index)
+      return entry_index.index_loss(score, mass, used, used[..., 0])
+
+    return jax.value_and_grad(of)(scored)
+
+  pairs = lambda seen: int(np.asarray(seen.entry_count_BS, np.int64).sum())
+  # the loss multiplies once in the attention's heads, and three times in the indexer's
+  learned = 2 * case.heads * case.width + 6 * J * I
+  works = {
+    'choice': (choice, (scored, case.may_see()), 2 * J * I * pairs(case.may_see())),
+    'loss': (loss, (scored, q, entry, lse, seen, index), learned * pairs(seen)),
+  }
+  compiled = timing.compile_all((call, args) for call, args, _ in works.values())
+  rows = []
+  for (work, (_, args, amount)), call in zip(works.items(), compiled, strict=True):
+    measured = timing.measure(call, [args], block=jax.block_until_ready, repeats=3)
+    rows.append(
+      table.row_of(
+        measured, amount=amount, limit=LIMIT['TFLOP/s'], unit='TFLOP/s', work=work, by='csa',
+        shape=f'v4 S{S} N{N} J{J} I{I} k{case.chosen}', peak_gib=timing.peak_gib(call),
       )
     )  # fmt: skip
   return rows

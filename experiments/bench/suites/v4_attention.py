@@ -50,9 +50,12 @@ class Case:
   def ratio(self) -> int:
     return 4 if self.kind == 'csa' else 128
 
-  def seen(self) -> op.Spans:
+  def may_see(self) -> op.Spans:
     position_1S = jnp.arange(self.length, dtype=jnp.int32)[None]
-    seen = op.spans(position_1S, jnp.ones_like(position_1S), window=self.window, ratio=self.ratio)
+    return op.spans(position_1S, jnp.ones_like(position_1S), window=self.window, ratio=self.ratio)
+
+  def seen(self) -> op.Spans:
+    seen = self.may_see()
     if self.kind == 'csa':
       seen = seen._replace(entry_count_BS=jnp.minimum(seen.entry_count_BS, self.chosen))
     return seen
