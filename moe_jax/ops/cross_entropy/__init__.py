@@ -154,13 +154,28 @@ def _losses(head_DV, hidden_MD, target_M, *, split):
   V = head_DV.shape[1]
   first = jax.lax.axis_index(sh.MODEL) * V if split else 0
   hit_MV = first + jnp.arange(V) == target_M[:, None]
-  max_M = logits_MV.max(-1)
+  max_M, sum_M = _exponentials(logits_MV)
   if split:
-    max_M = jax.lax.pmax(max_M, sh.MODEL)
-  sum_M = _sum(jnp.exp(logits_MV - max_M[:, None]).sum(-1), sh.MODEL, split)
+    most_M = jax.lax.pmax(max_M, sh.MODEL)
+    sum_M = jax.lax.psum(sum_M * jnp.exp(max_M - most_M), sh.MODEL)
+    max_M = most_M
   lse_M = max_M + jnp.log(sum_M)
   hit_logit_M = _sum(jnp.where(hit_MV, logits_MV, 0).sum(-1), sh.MODEL, split)
   return logits_MV, lse_M - hit_logit_M, lse_M, hit_MV
+
+
+def _exponentials(logits_MV):
+  """Largest logit [M] and the sum of exp(logit - largest) [M], of one reading of the logits."""
+
+  def join(a, b):
+    (max_a, sum_a), (max_b, sum_b) = a, b
+    most = jnp.maximum(max_a, max_b)
+    return most, sum_a * jnp.exp(max_a - most) + sum_b * jnp.exp(max_b - most)
+
+  # not infinity, of which two would differ by NaN
+  least = np.float32(np.finfo(np.float32).min)
+  start = (least, np.float32(0))
+  return jax.lax.reduce((logits_MV, jnp.ones_like(logits_MV)), start, join, (1,))
 
 
 def _sum(a, axes, split):
