@@ -11,6 +11,9 @@ shared x were level or slower, and one case of 64 uneven groups never ended, for
 
 # R rows  K contracted  N columns of y  E experts  B blocks of 128 along K
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -91,14 +94,12 @@ def rows_matmul(
 
         @pl.when(mine)
         def _():
-          sums = mosaic_fp8.contract(
-            pipe, done, todo, zeros(), promote, overlap=overlap, unroll=False
-          )
+          sums = _contract(pipe, done, todo, zeros(), promote, overlap=overlap)
           store(sums, base, column, live, own)
 
         @pl.when(jnp.logical_not(mine))
         def _():
-          mosaic_fp8.pass_by(pipe, done, todo)
+          _pass_by(pipe, done, todo)
           store(zeros(), base, column, live, own)
 
         return done.after(todo), upcoming
@@ -138,10 +139,9 @@ def rows_matmul(
         at_n = pl.ds(column * BLOCK, BLOCK)
 
         # past row R or column K, TMA writes zeros and moves nothing
-        def copy_block(block, slot, ready):
+        def operands(block):
           at_k = pl.ds(block * BLOCK, BLOCK)
-          plgpu.copy_gmem_to_smem(x_g.at[at_m, at_k], pipe.a_s.at[slot], ready)
-          plgpu.copy_gmem_to_smem(w_g.at[expert, at_n, at_k], pipe.b_s.at[slot], ready)
+          return x_g.at[at_m, at_k], w_g.at[expert, at_n, at_k]
 
         def copy_scales(block, slot, ready):
           of_x = sx_g.at[pl.ds(block, ROUND), at_m]
@@ -149,7 +149,7 @@ def rows_matmul(
           plgpu.copy_gmem_to_smem(of_x, pipe.scales_s['x'].at[slot], ready)
           plgpu.copy_gmem_to_smem(of_w, pipe.scales_s['w'].at[slot], ready)
 
-        mosaic_fp8.load(pipe, done, blocks_of(live), copy_block, copy_scales)
+        mosaic_fp8.load(pipe, done, blocks_of(live), operands, copy_scales)
         return done.after(blocks_of(live))
 
       mosaic_fp8.drain(pipe, lax.fori_loop(0, my_tiles, load, mosaic_fp8.start()))
@@ -162,7 +162,7 @@ def rows_matmul(
     kernel,
     out_type=jax.ShapeDtypeStruct((num_rows, n), dtype),
     scratch_types=(
-      mosaic_fp8.scratch(launch, x_RK.dtype, scales),
+      mosaic_fp8.scratch(launch, x_RK.dtype, BLOCK, scales),
       plgpu.SMEM(
         (2, _BUFFERS, SLAB, _CHUNK),
         dtype,
@@ -171,3 +171,75 @@ def rows_matmul(
     ),
     name='grouped_matmul_fp8',
   )(x_RK, x_scale_BR, w_ENK, w_scale_ENB.reshape(-1), *work)
+
+
+def _contract(
+  pipe: mosaic_fp8.Pipe,
+  done: mosaic_fp8.Progress,
+  num_blocks: jax.Array,
+  sums: Any,
+  promote: Callable[[Any, jax.Array, jax.Array, jax.Array | int], Any],
+  *,
+  overlap: bool,
+) -> Any:
+  """Multiplies all blocks of a tile: sums = promote(sums, product, slot and index of scales).
+
+  overlap: the next unit is multiplied during a promotion; needs registers for both, and a number
+    of blocks that makes whole rounds.
+  """
+  rows = pl.ds(lax.axis_index('warpgroup') * SLAB, SLAB)
+
+  def finish(sums, slot, acc, scale_slot, in_flight):
+    product = plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
+    plgpu.barrier_arrive(pipe.empty.at[slot])
+    return promote(sums, product, scale_slot, slot)
+
+  def issue(slots, sums, scale_slot, pending: Any):
+    """Multiplies what is in these slots; `pending` is the unit in flight."""
+    if not slots:
+      return finish(sums, pending[0], pending[1], scale_slot, 0) if pending else sums
+    slot, *others = slots
+    plgpu.barrier_wait(pipe.full.at[slot])
+
+    def multiply(acc):
+      plgpu.wgmma(acc, pipe.a_s.at[slot, rows], pipe.b_s.at[slot].T)
+      if not overlap:
+        return finish(sums, slot, acc, scale_slot, 0)
+      finished = finish(sums, pending[0], pending[1], scale_slot, 1) if pending else sums
+      return issue(others, finished, scale_slot, (slot, acc))
+
+    new = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((SLAB, BLOCK), jnp.float32))
+    return new if overlap else issue(others, new, scale_slot, None)
+
+  def one_round(r, slots, sums):
+    scale_slot = lax.rem(done.rounds + r, jnp.int32(2))
+    plgpu.barrier_wait(pipe.scales_full.at[scale_slot])
+    if isinstance(slots, list):
+      sums = issue(slots, sums, scale_slot, None)
+    else:
+      sums = lax.fori_loop(0, slots, lambda u, sums: issue([u], sums, scale_slot, None), sums)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(pipe.scales_empty.at[scale_slot])
+    return sums
+
+  if overlap:
+    whole = lax.div(num_blocks, jnp.int32(ROUND))
+    return lax.fori_loop(0, whole, lambda r, sums: one_round(r, [*range(ROUND)], sums), sums)
+  some = lambda r, sums: one_round(r, lax.min(num_blocks - r * ROUND, ROUND), sums)
+  return lax.fori_loop(0, mosaic_fp8.num_rounds(num_blocks), some, sums)
+
+
+def _pass_by(pipe: mosaic_fp8.Pipe, done: mosaic_fp8.Progress, num_blocks: jax.Array) -> None:
+  """For a warpgroup with nothing to multiply in a tile; releases in the order of `_contract`."""
+
+  def block(slot, _):
+    plgpu.barrier_wait(pipe.full.at[slot])
+    plgpu.barrier_arrive(pipe.empty.at[slot])
+
+  def one_round(r, _):
+    scale_slot = lax.rem(done.rounds + r, jnp.int32(2))
+    plgpu.barrier_wait(pipe.scales_full.at[scale_slot])
+    lax.fori_loop(0, lax.min(num_blocks - r * ROUND, ROUND), block, None)
+    plgpu.barrier_arrive(pipe.scales_empty.at[scale_slot])
+
+  lax.fori_loop(0, mosaic_fp8.num_rounds(num_blocks), one_round, None)

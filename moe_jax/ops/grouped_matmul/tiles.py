@@ -32,22 +32,24 @@ class Tile:
 
   def fits(self, op: str) -> bool:
     if op in FP8:
-      return replace(self, pair=1, strip=8) == _FP8 and (self.pair == 1 or op == 'wgrad_fp8')
+      own = replace(self, pair=1, strip=8) == replace(FP8[op], pair=1)
+      return own and (self.pair == 1 or op == 'wgrad_fp8')
     ring = self.stages * (self.m + self.n) * self.k * 2
     staging = _WEIGHTS_BYTES if op == 'wgrad' else self.m * self.n * 2 + _EDGE_BYTES
     return ring + staging <= _SMEM_BYTES
 
 
-# what mosaic_fp8.py is written for; strips may differ, and wgrad's blocks may come in pairs
-_FP8 = Tile(m=128, n=128, k=128, stages=4)
-# the rule for each
-FP8 = {'forward_fp8': _FP8, 'wgrad_fp8': replace(_FP8, pair=2)}
+# what the FP8 kernels are written for; strips may differ, and wgrad's blocks may be single
+FP8 = {
+  'forward_fp8': Tile(m=128, n=128, k=128, stages=4),
+  'wgrad_fp8': Tile(m=128, n=256, k=128, stages=4, pair=2),
+}
 
 
 def candidates(op: str, n: int) -> list[Tile]:
   """Tile shapes for the autotuner to try, at one strip height."""
   if op in FP8:
-    return [tile for pair in (1, 2) if (tile := replace(_FP8, pair=pair)).fits(op)]
+    return [tile for pair in (1, 2) if (tile := replace(FP8[op], pair=pair)).fits(op)]
   shapes = [(128, 256, 3)] if n > 128 else [(128, 128, 5)]
   if op != 'wgrad':
     # wgrad has one slab of wgmma rows for each of its two warpgroups
