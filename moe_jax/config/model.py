@@ -136,6 +136,9 @@ class ModelConfig:
   remat: str = 'none'
   # compile every layer by itself: no copies into and out of stacks, and a longer start
   unroll_layers: bool = False
+  # of unrolled layers XLA keeps much of what remat leaves to be made again; this forbids it, for
+  # less memory and a slower step
+  strict_remat: bool = False
   full: FullAttentionConfig = FullAttentionConfig()
   mla: MLAConfig = MLAConfig()
   dsa: DSAConfig = DSAConfig()
@@ -167,6 +170,13 @@ class ModelConfig:
     )
     one_of(self, 'model', 'residual', RESIDUAL_KINDS)
     one_of(self, 'model', 'remat', REMAT)
+    require(
+      not self.strict_remat or self.unroll_layers,
+      'model.strict_remat',
+      self.strict_remat,
+      'is of unrolled layers; in a scan remat is strict already',
+      'Set model.unroll_layers=True or leave it out.',
+    )
     require(
       0 <= self.num_dense_layers <= self.num_layers,
       'model.num_dense_layers',

@@ -115,7 +115,8 @@ class Decoder(nn.Module):
     for i, (kinds, repeats) in enumerate(group_layers(c.layers)):
       pattern = Pattern
       if c.remat != 'none':
-        pattern = nn.remat(Pattern, prevent_cse=False, policy=_remat_policy(c, self.policy))
+        keeps = _remat_policy(c, self.policy)
+        pattern = nn.remat(Pattern, prevent_cse=c.strict_remat, policy=keeps)
       group = nn.scan(
         pattern,
         variable_axes={'params': 0, 'router': 0, 'ideas': 0, 'counts': 0, 'probes': 0, 'fp8': 0},

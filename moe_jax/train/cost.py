@@ -13,7 +13,7 @@ from moe_jax import sharding as sh
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.models import mtp
 from moe_jax.ops.cross_entropy import CHUNK_BYTES
-from moe_jax.precision import compute_copy, policy_of
+from moe_jax.precision import compute_copy, policy_of, quantized_copy
 from moe_jax.train.state import TrainState, make_model
 from moe_jax.train.step import count_targets, mean_loss
 
@@ -149,25 +149,41 @@ def predicted_bytes(cfg: RunConfig, state: TrainState) -> int:
   """Peak bytes of a training step on one device.
 
   State, the rounded copy of the parameters that a step multiplies with, gradients, what the
-  backward pass of one micro-batch keeps (exact, from its traced forward pass), what it makes again
-  of one layer at a time under remat, and two blocks of logits. Buffers within one operation, and
-  what the compiler adds, are not counted.
+  backward pass of one micro-batch keeps (exact, from its traced forward pass), and the larger of
+  two blocks of logits and what is made again of one layer under remat. A scan has room for all
+  gradients from the start; of unrolled layers they come as what was kept goes. Buffers within one
+  operation are not counted, nor what XLA keeps of unrolled layers that remat leaves to be made
+  again (unless `model.strict_remat` forbids it).
   """
   copy = jax.eval_shape(functools.partial(compute_copy, policy_of(cfg)), state.params)
-  kept = _kept_bytes(cfg, state, copy)
+  kept, layers = _kept_bytes(cfg, state, copy), cfg.model.num_layers
+  logits = 4 * cfg.tokens_per_step // cfg.microbatches * cfg.model.vocab_size
+  work = 2 * min(CHUNK_BYTES, logits // jax.sharding.get_abstract_mesh().size)
   if cfg.model.remat != 'none':
     plain = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat='none'))
-    kept += _kept_bytes(plain, state, copy) // cfg.model.num_layers
-  logits = 4 * cfg.tokens_per_step // cfg.microbatches * cfg.model.vocab_size
-  logits = min(CHUNK_BYTES, logits // jax.sharding.get_abstract_mesh().size)
-  rounded = sum(
-    bytes_per_device(new)
-    for new, old in zip(jax.tree.leaves(copy), jax.tree.leaves(state.params), strict=True)
-    if new.dtype != old.dtype
-  )
+    work = max(work, (_kept_bytes(plain, state, copy) - kept) // layers)
+  held = bytes_per_device(state) + _operand_bytes(cfg, state, copy)
+  if cfg.model.unroll_layers and cfg.microbatches == 1:
+    return held + max(kept + work, bytes_per_device(copy))
   # sums over micro-batches are float32
   gradients = bytes_per_device(copy if cfg.microbatches == 1 else state.params)
-  return bytes_per_device(state) + rounded + gradients + kept + 2 * logits
+  return held + gradients + kept + work
+
+
+def _operand_bytes(cfg: RunConfig, state: TrainState, copy: Any) -> int:
+  """Bytes of the rounded parameters: of those quantised once a step there is no other copy."""
+  policy = policy_of(cfg)
+  ready = jax.eval_shape(functools.partial(quantized_copy, policy), state.params)
+  total = bytes_per_device(ready)
+  for (path, new), old in zip(
+    jax.tree_util.tree_leaves_with_path(copy), jax.tree.leaves(state.params), strict=True
+  ):
+    at = ready.get('fp8', {})
+    for key in path:
+      at = at.get(key.key, {}) if isinstance(at, dict) else at
+    if new.dtype != old.dtype and not at:
+      total += bytes_per_device(new)
+  return total
 
 
 def _kept_bytes(cfg: RunConfig, state: TrainState, copy: Any) -> int:

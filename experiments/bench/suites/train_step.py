@@ -1,6 +1,7 @@
 """Whole training steps, by precision policy: tokens/s, share of the peak, memory.
 
   moe_1b     1.03B parameters, 0.31B active, 16 x 4096 tokens (experiments/configs/moe_1b.py)
+  moe_1b_strict  the same, and what remat leaves to be made again is (`model.strict_remat`)
   v2_lite_5  DeepSeek-V2-Lite's widths in 5 layers, 2.84B parameters, 2 x 4096 tokens; beside it
              transformers with compiled grouped matmuls, its parameters and moments in bfloat16
   v3_4       DeepSeek-V3's widths in 4 layers, 8 local experts that each see every token, as on a
@@ -65,6 +66,12 @@ def _moe_1b() -> ml_collections.ConfigDict:
   return c
 
 
+def _moe_1b_strict() -> ml_collections.ConfigDict:
+  c = _moe_1b()
+  c.model.strict_remat = True
+  return c
+
+
 def _v2_lite_5() -> ml_collections.ConfigDict:
   c = v2_lite.get_config()
   c.model.num_layers = 5
@@ -98,7 +105,12 @@ def tiny() -> ml_collections.ConfigDict:
   return c
 
 
-CASES = {'moe_1b': _moe_1b, 'v2_lite_5': _v2_lite_5, 'v3_4': _v3_4}
+CASES = {
+  'moe_1b': _moe_1b,
+  'moe_1b_strict': _moe_1b_strict,
+  'v2_lite_5': _v2_lite_5,
+  'v3_4': _v3_4,
+}
 
 
 def ours(
