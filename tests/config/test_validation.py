@@ -88,6 +88,7 @@ RULES = [
   ),
   (ModelConfig, dict(num_dense_layers=5), 'model.num_dense_layers', '5', 'num_layers=4'),
   (ModelConfig, dict(remat='some'), 'model.remat', "'some'", 'none, light, selective, dots, full'),
+  (ModelConfig, dict(strict_remat=True), 'model.strict_remat', 'True', 'model.unroll_layers=True'),
   (OptimConfig, dict(lr_peak=0.0), 'optim.lr_peak', '0.0', 'positive'),
   (OptimConfig, dict(schedule='step'), 'optim.schedule', "'step'", 'constant, steps, cosine, wsd'),
   (OptimConfig, dict(warmup_steps=-1), 'optim.warmup_steps', '-1', 'not be negative'),

@@ -206,21 +206,23 @@ def test_scan_equals_the_layers_one_by_one(name):
   np.testing.assert_array_equal(out.aux['load_E'], np.stack(loads))
 
 
+def gradient(**changes):
+  """Of one scalar of what V3 returns."""
+  model = make_model('v3', **changes)
+  dout_BSD = np.random.default_rng(2).normal(size=(B, S, 16)).astype(np.float32)
+
+  def loss(values):
+    out = model.apply(values, make_where(make_tokens()))
+    return (out.hidden_BSD * dout_BSD).sum() + out.aux['balance_loss'].sum()
+
+  return jax.jit(jax.grad(loss))(variables('v3'))
+
+
 @pytest.fixture(scope='module')
 def gradients():
-  """Of one scalar of what V3 returns, under each remat policy."""
-  found = {}
-  dout_BSD = np.random.default_rng(2).normal(size=(B, S, 16)).astype(np.float32)
+  """Under each remat policy."""
   with jax.set_mesh(sh.make_mesh((1, 1, 1))), jax.default_matmul_precision('highest'):
-    for remat in ('none', 'full', 'dots', 'light'):
-      model = make_model('v3', remat=remat)
-
-      def loss(values, model=model):
-        out = model.apply(values, make_where(make_tokens()))
-        return (out.hidden_BSD * dout_BSD).sum() + out.aux['balance_loss'].sum()
-
-      found[remat] = jax.jit(jax.grad(loss))(variables('v3'))
-  return found
+    return {remat: gradient(remat=remat) for remat in ('none', 'full', 'dots', 'light')}
 
 
 def test_everything_learnable_gets_a_gradient_and_the_bias_none(gradients):
@@ -229,13 +231,24 @@ def test_everything_learnable_gets_a_gradient_and_the_bias_none(gradients):
     assert (np.abs(grad).max() > 0) != unused, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize('remat', ['full', 'dots', 'light'])
-def test_remat_changes_no_gradient(gradients, remat):
-  expected = jax.tree_util.tree_leaves_with_path(gradients['none'])
-  for (path, a), b in zip(expected, jax.tree.leaves(gradients[remat]), strict=True):
+def assert_same(got, want):
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(got), strict=True
+  ):
     # what is computed again is fused in other ways
     atol = 1e-5 * np.abs(a).max()
     np.testing.assert_allclose(b, a, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize('remat', ['full', 'dots', 'light'])
+def test_remat_changes_no_gradient(gradients, remat):
+  assert_same(gradients[remat], gradients['none'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('strict', [False, True])
+def test_unrolling_changes_no_gradient(gradients, strict):
+  assert_same(gradient(remat='light', unroll_layers=True, strict_remat=strict), gradients['none'])
 
 
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
