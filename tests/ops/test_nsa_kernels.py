@@ -39,7 +39,8 @@ def compare(documents, dtype, tolerance):
   draw = lambda i, *shape: jax.random.normal(keys[i], shape).astype(dtype)
   q, do = draw(0, B, S, G, M, C), draw(1, B, S, G, M, C)
   branches = tuple(draw(i, B, S, G, C) for i in range(2, 8))
-  gate = jax.nn.sigmoid(draw(8, B, S, G, M, 3))
+  # a branch may be shut
+  gate = jax.nn.sigmoid(draw(8, B, S, G, M, 3)).at[..., 0, 0].set(0)
   end_BN, _ = nsa.closed_blocks(position_BS, segment_BS, SIZES)
   # padding is nobody's: its outputs do not count
   do = jnp.where((segment_BS > 0)[..., None, None, None], do, 0)

@@ -1,7 +1,8 @@
 """Triton kernels: attention of a group's heads over the blocks of tokens that a query chose.
 
-A program per query and group: one block of 64 keys at a time, keys as the rows of both products, so
-that the tensor cores run although a query has only 16 heads.
+A program of a single warp per query and group, one block of 64 keys at a time. The group's 16 heads
+are the rows of both products, by mma.sync: nothing crosses warps, and the softmax stays within four
+lanes. With keys as rows, which wgmma takes, and four warps both kernels are slower.
 
 Traffic: every query reads its blocks' keys and values from L2, 32 kB a block for 64 * 16 * 512
 operations: 16 a byte. Two queries of a program that read a block of both once are slower.
@@ -48,25 +49,25 @@ def forward(
       acc, top, total = carry
       key, key_row = _keys(start_g[(query * G + group) * K + i], query, group, length, T, G)
       k, v = load_rows(k_g, key_row, C), load_rows(v_g, key_row, C)
-      s = plt.dot(k, q, trans_b=True) * (scale * LOG2E)
-      s = jnp.where((key <= query)[:, None], s, NO_SCORE)
-      new_top = jnp.maximum(top, s.max(axis=0))
+      s = plt.dot(q, k, trans_b=True) * (scale * LOG2E)
+      s = jnp.where((key <= query)[None, :], s, NO_SCORE)
+      new_top = jnp.maximum(top, s.max(axis=1))
       rescale = jnp.exp2(top - new_top)
-      p = jnp.exp2(s - new_top[None, :])
-      acc = acc * rescale[None, :] + plt.dot(v, p.astype(v.dtype), trans_a=True)
-      return acc, new_top, total * rescale + p.sum(axis=0)
+      p = jnp.exp2(s - new_top[:, None])
+      acc = acc * rescale[:, None] + plt.dot(p.astype(v.dtype), v)
+      return acc, new_top, total * rescale + p.sum(axis=1)
 
     zero = jnp.zeros((rows,), jnp.float32)
-    carry = jnp.zeros((C, rows), jnp.float32), zero + NO_SCORE, zero
+    carry = jnp.zeros((rows, C), jnp.float32), zero + NO_SCORE, zero
     acc, top, total = lax.fori_loop(0, count_g[query], block, carry)
-    store_rows(o_g, row, (acc / total[None, :]).T, live)
+    store_rows(o_g, row, acc / total[:, None], live)
     store_rows(lse_g, row, top + jnp.log2(total), live)
 
   flat, like = lambda a: a.reshape(-1, a.shape[-1]), jax.ShapeDtypeStruct
   o, lse = pallas_triton.call(
     kernel, flat(q_TGMC), flat(k_TGC), flat(v_TGC), start_TGK.reshape(-1), count_T,
     grid=(T, G), out=(like((T * G * M, C), q_TGMC.dtype), like((T * G * M,), jnp.float32)),
-    num_warps=4, num_stages=3,
+    num_warps=rows // 16, num_stages=2,
   )  # fmt: skip
   return o.reshape(q_TGMC.shape), lse.reshape(T, G, M)
 
@@ -96,19 +97,20 @@ def query_gradient(
     def block(i, dq):
       key, key_row = _keys(start_g[(query * G + group) * K + i], query, group, length, T, G)
       k, v = load_rows(k_g, key_row, C), load_rows(v_g, key_row, C)
-      s = plt.dot(k, q, trans_b=True) * (scale * LOG2E)
-      p = jnp.where((key <= query)[:, None], jnp.exp2(s - lse[None, :]), 0.0)
-      ds = p * (plt.dot(v, do, trans_b=True) - delta[None, :]) * scale
-      return dq + plt.dot(k, ds.astype(k.dtype), trans_a=True)
+      s = plt.dot(q, k, trans_b=True) * (scale * LOG2E)
+      p = jnp.where((key <= query)[None, :], jnp.exp2(s - lse[:, None]), 0.0)
+      ds = p * (plt.dot(do, v, trans_b=True) - delta[:, None]) * scale
+      return dq + plt.dot(ds.astype(k.dtype), k)
 
-    dq = lax.fori_loop(0, count_g[query], block, jnp.zeros((C, rows), jnp.float32))
-    store_rows(dq_g, row, dq.T, live)
+    dq = lax.fori_loop(0, count_g[query], block, jnp.zeros((rows, C), jnp.float32))
+    store_rows(dq_g, row, dq, live)
 
   flat = lambda a: a.reshape(-1, a.shape[-1])
   dq = pallas_triton.call(
     kernel, flat(q_TGMC), flat(do_TGMC), flat(k_TGC), flat(v_TGC), start_TGK.reshape(-1), count_T,
     lse_TGM.reshape(-1), delta_TGM.reshape(-1),
-    grid=(T, G), out=jax.ShapeDtypeStruct((T * G * M, C), q_TGMC.dtype), num_warps=4, num_stages=3,
+    grid=(T, G), out=jax.ShapeDtypeStruct((T * G * M, C), q_TGMC.dtype),
+    num_warps=rows // 16, num_stages=3,
   )  # fmt: skip
   return dq.reshape(q_TGMC.shape)
 
