@@ -39,6 +39,28 @@ def choose(
   return fallback
 
 
+def first(op: str, implementation: str | None, problems: dict[str, str | None]) -> str:
+  """`choose` among several: the first whose problem is None, or 'xla' after all of them.
+
+  Args:
+    problems: of each backend, the fastest first.
+  """
+  if implementation is not None:
+    if implementation not in (*problems, 'xla'):
+      raise ValueError(
+        f'{op}: implementation={implementation!r} must be None or in {[*problems, "xla"]}.'
+      )
+    if problem := problems.get(implementation):
+      raise NotImplementedError(f'{op}, {implementation}: {problem}.')
+    return implementation
+  found = next((name for name, problem in problems.items() if problem is None), 'xla')
+  for name, problem in problems.items():
+    if name == found or problem is None:
+      break
+    log_fallback(op, name, found, problem)
+  return found
+
+
 @functools.cache
 def log_fallback(op: str, fast: str, fallback: str, problem: str) -> None:
   _log.info('%s: %s instead of %s, which %s.', op, fallback, fast, problem)

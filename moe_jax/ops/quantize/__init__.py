@@ -5,10 +5,13 @@ Rounding is to nearest, ties to even. Nothing here has a gradient: whoever multi
 operands says what their gradient is.
 """
 
-import jax
+from typing import Any
 
-from moe_jax.ops import pallas_triton
-from moe_jax.ops.quantize import reference, triton
+import jax
+import jax.numpy as jnp
+
+from moe_jax.ops import backends, pallas_triton
+from moe_jax.ops.quantize import mosaic, reference, triton
 from moe_jax.ops.quantize.format import TILE, Format, Quantized
 from moe_jax.ops.quantize.reference import (
   dequantize_blocks,
@@ -124,8 +127,15 @@ def _tiles(
     _check('number of rows', num_rows)
     if x_RK.shape[1] % TILE and not problem:
       problem = f'needs a width that is a multiple of {TILE}, got {x_RK.shape[1]}'
-  if pallas_triton.choose('quantize', implementation, problem) == 'triton':
-    return triton.quantize(x_RK, fmt, token_R=token_R, by_row=by_row, by_column=by_column)
+  problems = {'triton': problem}
+  if by_row and by_column and token_R is None:
+    problems = {'mosaic': mosaic.unsupported(x_RK.dtype)} | problems
+  match backends.first('quantize', implementation, problems):
+    case 'mosaic':
+      return mosaic.rows_and_columns(x_RK, fmt)
+    case 'triton':
+      by: Any = dict(by_row=by_row, by_column=by_column)
+      return triton.quantize(x_RK, fmt, token_R=token_R, **by)
   if token_R is not None:
     x_RK = x_RK.at[token_R].get(mode='fill', fill_value=0)
   rows = (reference.rows(x_RK, fmt),) if by_row else ()
@@ -144,9 +154,16 @@ def _blocks(
     raise ValueError(f'quantize: w has shape {w_DF.shape}, must be [..., D, F].')
   _check('height', w_DF.shape[-2])
   _check('width', w_DF.shape[-1])
-  choice = pallas_triton.choose('quantize', implementation, pallas_triton.unavailable())
-  if choice == 'triton':
-    found = triton.blocks(w_DF.reshape(-1, *w_DF.shape[-2:]), fmt, want=want, via=via)
+  problems = {'triton': pallas_triton.unavailable()}
+  if len(want) > 1:
+    problems = {'mosaic': mosaic.unsupported(w_DF.dtype, jnp.float32)} | problems
+  name = backends.first('quantize', implementation, problems)
+  if name != 'xla':
+    w_EDF = w_DF.reshape(-1, *w_DF.shape[-2:])
+    if name == 'mosaic':
+      found = mosaic.blocks(w_EDF, fmt, via=via)
+    else:
+      found = triton.blocks(w_EDF, fmt, want=want, via=via)
     lead = w_DF.shape[:-2]
     return tuple(Quantized(*(a.reshape(*lead, *a.shape[1:]) for a in q)) for q in found)
   plain = reference.blocks(reference.through(w_DF, via), fmt)

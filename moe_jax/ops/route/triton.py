@@ -76,7 +76,7 @@ def choose(
   num_warps: int = 4,
 ) -> jax.Array:
   num_tokens, num_experts = score_TE.shape
-  tokens = max(1, 4096 // pl.next_power_of_2(num_experts))
+  tokens = max(1, 2048 // pl.next_power_of_2(num_experts))
   static = dict(k=k, groups=num_groups, kept=top_groups, group_score=group_score)
   return pallas_triton.call(
     functools.partial(_choose_kernel, tokens=tokens, **static),

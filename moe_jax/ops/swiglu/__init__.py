@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from moe_jax.ops import pallas_triton
+from moe_jax.ops import backends, pallas_triton
 from moe_jax.ops.quantize import (
   TILE,
   Format,
@@ -18,7 +18,7 @@ from moe_jax.ops.quantize import (
   quantize_rows,
   quantize_rows_and_columns,
 )
-from moe_jax.ops.swiglu import reference, triton
+from moe_jax.ops.swiglu import mosaic, reference, triton
 from moe_jax.ops.swiglu.reference import swiglu
 
 __all__ = [
@@ -96,6 +96,7 @@ def _rows(
   return (a, quantize_rows(h_R2F, fmt, **xla)) if keep else (a,)
 
 
+@jax.named_scope('swiglu')
 def swiglu_backward_quantized(
   da_RF: jax.Array,
   h_R2F: jax.Array | Quantized,
@@ -105,11 +106,19 @@ def swiglu_backward_quantized(
   limit: float = 0.0,
   implementation: str | None = None,
 ) -> tuple[Quantized, Quantized, Quantized, jax.Array]:
-  """As `swiglu_backward`: rows and columns of the gradient in h, columns of weight * swiglu(h)."""
+  """As `swiglu_backward`: rows and columns of the gradient in h, columns of weight * swiglu(h).
+
+  Args:
+    implementation: 'mosaic', all in one pass; 'triton', by kernels one after another; or 'xla'.
+  """
   _check(da_RF.shape[1])
   if da_RF.shape[0] % TILE:
     raise ValueError(f'swiglu: {da_RF.shape[0]} rows must be a multiple of {TILE}; pad them.')
-  by: Any = dict(implementation=implementation)
+  problems = {'mosaic': mosaic.unsupported(da_RF, h_R2F), 'triton': pallas_triton.unavailable()}
+  name = backends.first('swiglu_backward_quantized', implementation, problems)
+  if name == 'mosaic':
+    return mosaic.backward_quantized(da_RF, h_R2F, weight_R, fmts, limit=limit)
+  by: Any = dict(implementation=name)
   dh_R2F, a_RF, dweight_R = swiglu_backward(da_RF, h_R2F, weight_R, limit=limit, **by)
   a_t = quantize_columns(a_RF, fmts[2], **by)
   if fmts[0] == fmts[1]:

@@ -1,5 +1,7 @@
 """The definition of SwiGLU and its gradient on gate and up side by side in one array."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -37,13 +39,21 @@ def halves(h_R2F: jax.Array) -> tuple[jax.Array, jax.Array]:
   return h_R2F[:, :f].astype(jnp.float32), h_R2F[:, f:].astype(jnp.float32)
 
 
-def gradients(da: jax.Array, gate: jax.Array, up: jax.Array, weight: jax.Array, *, limit: float):
+def gradients(
+  da: jax.Array,
+  gate: jax.Array,
+  up: jax.Array,
+  weight: jax.Array,
+  *,
+  limit: float,
+  sigmoid: Callable[[jax.Array], jax.Array] = jax.nn.sigmoid,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Elementwise, in float32: the gradients in gate and up, weight * a, and a * da."""
   da = da.astype(jnp.float32)
   gate_passes, up_passes = gate <= limit, jnp.abs(up) <= limit
   if limit:
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-  share = jax.nn.sigmoid(gate)
+  share = sigmoid(gate)
   silu = gate * share
   weighted = da * weight
   dgate, dup = weighted * up * (share + silu * (1 - share)), weighted * silu

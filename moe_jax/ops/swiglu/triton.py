@@ -4,7 +4,7 @@ backward      program: some rows x 128 to 512 columns of gate and of up, all F i
               gradient in the weight is summed in registers. Reads da, gate, up once; writes the
               gradients of both and weight * a over them
               h may be rows in FP8
-forward_rows  program: 32 rows x 128 columns, quantised as they are computed (quantize/triton.py);
+forward_rows  program: 16 rows x 128 columns, quantised as they are computed (quantize/triton.py);
               gate and up too where the backward pass is to have them in FP8
 
 A gradient that ends in FP8, rows and columns of the three results in one kernel, was tried: it
@@ -109,7 +109,7 @@ def forward_rows(
   *,
   limit: float,
   keep: bool = False,
-  rows: int = 32,
+  rows: int = 16,
   num_warps: int = 4,
 ) -> tuple[Quantized, ...]:
   """swiglu of h by rows; with `keep` also h itself by rows."""
