@@ -10,6 +10,7 @@ from jax import P
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import sharding as sh
+from moe_jax.ops.feed_forward import Three, feed_forward
 from moe_jax.ops.linear import Weights, linear
 from moe_jax.ops.norm import layer_norm, rms_norm
 from moe_jax.ops.recipe import Recipe
@@ -66,10 +67,14 @@ def matmul(
   if policy.plain or dims is None:
     value = jax.sharding.reshard(policy.cast(value), sh.gathered(spec))
     return jnp.einsum(equation, x, value, out_sharding=out)
+  return _by_recipe(x, _gathered(value, spec, policy), ready, policy.linear, *dims)
+
+
+def _gathered(w: jax.Array, spec: P, policy: Policy) -> jax.Array:
+  """A stored weight as products by a recipe take it, in the dtype that its gradient is to have."""
   if policy.gradients == policy.activations:
-    value = policy.cast(value)
-  value = jax.sharding.reshard(value, sh.gathered(spec))
-  return _by_recipe(x, value, ready, policy.linear, *dims)
+    w = policy.cast(w)
+  return jax.sharding.reshard(w, sh.gathered(spec))
 
 
 def _matrix_dims(equation: str) -> tuple[int, int] | None:
@@ -140,8 +145,39 @@ class FeedForward(nn.Module):
     gate_DF = matrix(self, 'gate_DF', (D, F), sh.MATRIX_DF, std=self.std)
     up_DF = matrix(self, 'up_DF', (D, F), sh.MATRIX_DF, std=self.std)
     down_FD = matrix(self, 'down_FD', (F, D), sh.MATRIX_FD, std=self.std)
+    if not self.policy.plain:
+      return self._by_recipe(x_BSD, Three(gate_DF, up_DF, down_FD))
     gate_BSF = matmul('bsd,df->bsf', x_BSD, gate_DF, sh.MATRIX_DF, policy=self.policy)
     up_BSF = matmul('bsd,df->bsf', x_BSD, up_DF, sh.MATRIX_DF, policy=self.policy)
     gate_BSF, up_BSF = checkpoint_name((gate_BSF, up_BSF), 'dense_hidden')
     h_BSF = swiglu(gate_BSF, up_BSF, limit=self.swiglu_limit)
     return matmul('bsf,fd->bsd', h_BSF, down_FD, sh.MATRIX_FD, policy=self.policy, out=sh.STREAM)
+
+  def _by_recipe(self, x_BSD: jax.Array, matrices: Three) -> jax.Array:
+    """On each device's rows and its share of the width; partial sums are added."""
+    gathered = Three(
+      *(
+        _gathered(m.value, spec, self.policy)
+        for m, spec in zip(matrices, (sh.MATRIX_DF, sh.MATRIX_DF, sh.MATRIX_FD), strict=True)
+      )
+    )
+    x_spec = (*_spec(x_BSD), None, None, None)[:3]
+    split = _spec(gathered.down)[0]
+
+    def on_device(x_BSD: jax.Array, weights: Three, ready: Three) -> jax.Array:
+      leaves, tree = jax.tree.flatten(ready)
+      x_TD, *leaves = match_vma(x_BSD.reshape(-1, x_BSD.shape[-1]), *weights, *leaves)
+      y_TD = feed_forward(
+        x_TD,
+        Three(*leaves[:3]),
+        self.policy.linear,
+        limit=self.swiglu_limit,
+        ready=jax.tree.unflatten(tree, leaves[3:]),
+      )
+      y_BSD = y_TD.reshape(x_BSD.shape)
+      return jax.lax.psum(y_BSD, split) if split else y_BSD
+
+    specs = Three(*(P(*_spec(w)) for w in gathered))
+    ready = Three(*(m.ready for m in matrices))
+    body = jax.shard_map(on_device, in_specs=(P(*x_spec), specs, P()), out_specs=P(*x_spec))
+    return body(x_BSD, gathered, ready)
