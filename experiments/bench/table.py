@@ -23,7 +23,7 @@ class Row:
   shape: str
   by: str
   ms: float
-  spread: float
+  spread: float | None  # None: of one call
   # TFLOP/s or GB/s, of useful operations or bytes only
   rate: float
   unit: str
@@ -68,7 +68,7 @@ def show(rows: list[Row], title: str) -> None:
       row.sizes,
       row.by + (f' ({row.note})' if row.note else ''),
       f'{row.ms:.3f}',
-      f'{row.spread:.1%}',
+      '' if row.spread is None else f'{row.spread:.1%}',
       f'{row.rate:.0f} {row.unit}',
       f'{row.of_limit:.0%}',
       '' if row.error is None else f'{row.error:.1e}',

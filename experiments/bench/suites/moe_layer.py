@@ -1,11 +1,12 @@
 """A whole layer of experts, router to output, forward and backward, and where its time goes.
 
 `layer` is models.MoE on one device with weights in the compute precision, the router float32: gate,
-choice, experts, shared experts; backward to the tokens, the router and every matrix. `part` rows
-are the kernels of a traced call, added up by the names that ops give them, and their share; what
-the parts lack to the whole is time between kernels and a warmer chip. XLA joins both sums of rows,
-of the output and of dx, with the gate's addition to dx: they are in `gate, bwd`. torch has no such
-layer; `dense` is XLA's matmul of as many operations as the forward pass has.
+choice, experts, shared experts; backward to the tokens, the router and every matrix. In FP8 that
+includes quantising the matrices both ways, which a training step does once for all of its
+micro-batches. `part` rows are the kernels of a traced call, added up by the names that ops give
+them, and their share; what the parts lack to the whole is time between kernels and a warmer chip.
+XLA joins the sum of the rows of dx with the gate's addition to it: it is in `gate, bwd`. torch has
+no such layer; `dense` is XLA's matmul of as many operations as the forward pass has.
 """
 
 # T tokens  D model  F width of an expert  E experts  K experts a token  R rows
@@ -30,7 +31,7 @@ from moe_jax.models.attention.base import Where, spread
 from moe_jax.models.moe import MoE
 from moe_jax.ops.grouped_matmul.specs import recorded, zipf
 from moe_jax.ops.route import choose_experts, scores
-from moe_jax.precision import policy
+from moe_jax.precision import policy, quantized_copy
 from moe_jax.routing import Balance
 
 # TFLOP/s of large dense matmuls, see suites/grouped_matmul.py
@@ -145,7 +146,7 @@ def breakdown(spec: Spec, call: Call, compiled: Any, repeats: int = 3) -> list[t
       shape=str(spec),
       sizes=call.sizes,
       ms=nanoseconds / repeats / 1e6,
-      spread=0.0,
+      spread=None,
       rate=100 * nanoseconds / total,
       unit='%',
       of_limit=nanoseconds / total,
@@ -170,7 +171,8 @@ def layer_calls(spec: Spec, precision: str) -> list[Call]:
   if jax.default_backend() == 'gpu' and precision == 'bfloat16':
     # as many operations as the forward pass has, in one square product
     side = round((spec.flops / 2) ** (1 / 3) / 128) * 128
-    square = jnp.ones((side, side), jnp.bfloat16)
+    # random: a product of ones draws less power, and so runs faster
+    square = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
     dense = jax.jit(lambda a: a @ a)
     args: Any = dict(fn=dense, args=(square,), flops=2 * side**3, sizes='')
     calls.append(Call(work='fwd', by='dense bfloat16', **args))
@@ -213,8 +215,11 @@ def make(spec: Spec, precision: str) -> tuple[Any, tuple[Any, ...]]:
 
   @jax.jit
   def there_and_back(x, params, router, dy):
-    layer = lambda x, params: model.apply({'params': params, 'router': router}, x, where)[0]
+    rest = {'router': router} | quantized_copy(policy(precision), params)
+    layer = lambda x, params: model.apply({'params': params} | rest, x, where)[0]
     y, vjp = jax.vjp(layer, x, params)
+    # a loss stands between the passes: without one XLA puts off what only y needs, and copies h
+    y, dy = jax.lax.optimization_barrier((y, dy))
     return y, *vjp(dy)
 
   return there_and_back, start(jax.random.key(0))

@@ -18,6 +18,7 @@ import numpy as np
 from experiments.bench import table, timing
 from moe_jax.ops import pallas_triton, swiglu
 from moe_jax.ops import quantize as qz
+from moe_jax.ops.quantize import mosaic
 
 BANDWIDTH = 3000.0  # GB/s
 FORMATS = {'': qz.Format(), ' pow2': qz.Format(power_of_two=True)}
@@ -37,7 +38,8 @@ def run(only: str = '') -> Iterator[list[table.Row]]:
 
 
 def _backends() -> tuple[str, ...]:
-  return ('triton', 'xla') if pallas_triton.unavailable() is None else ('xla',)
+  problems = {'mosaic': mosaic.unsupported(jnp.bfloat16), 'triton': pallas_triton.unavailable()}
+  return *(name for name, problem in problems.items() if problem is None), 'xla'
 
 
 def _bytes(tree: Any) -> int:
@@ -45,9 +47,8 @@ def _bytes(tree: Any) -> int:
 
 
 def _add(rows: list, work: str, by: str, shape: str, fn: Callable, *args: Any, **more) -> Any:
-  call = jax.jit(fn)
-  moved = _bytes(args) + _bytes(jax.eval_shape(call, *args))
-  measured = timing.measure_jax(call, *args, repeats=5)
+  moved = _bytes(args) + _bytes(jax.eval_shape(fn, *args))
+  measured = timing.measure_together(fn, *args)
   names = dict(work=work, by=by, shape=shape, sizes='', **more)
   rows.append(table.row_of(measured, amount=moved, unit='GB/s', limit=BANDWIDTH, **names))
 
@@ -76,12 +77,14 @@ def run_plain(num_rows: int, k: int) -> list[table.Row]:
       error = differing(both, x) if not label else None
       _add(rows, f'rows and columns{label}', by, shape, both, x, error=error)
     use = lambda fn, by=by: functools.partial(fn, implementation=by)
+    blocks = use(qz.quantize_blocks_and_transposed)
+    _add(rows, 'float32 blocks, both ways', by, f'E8 D2048 F{k}', blocks, w)
+    if by == 'mosaic':
+      continue
     _add(rows, 'rows', by, shape, use(qz.quantize_rows), x)
     _add(rows, 'columns', by, shape, use(qz.quantize_columns), x)
     gathered = lambda x, t, by=by: qz.quantize_columns(x, token_R=t, implementation=by)
     _add(rows, 'columns of gathered rows', by, shape, gathered, x, token)
-    blocks = use(qz.quantize_blocks_and_transposed)
-    _add(rows, 'float32 blocks, both ways', by, f'E8 D2048 F{k}', blocks, w)
   return rows
 
 
@@ -90,13 +93,18 @@ def run_swiglu(num_rows: int, f: int) -> list[table.Row]:
   da = jax.random.normal(keys[0], (num_rows, f), jnp.bfloat16)
   h = jax.random.normal(keys[1], (num_rows, 2 * f), jnp.bfloat16)
   weight, fmt = jax.random.uniform(keys[2], (num_rows,)), qz.Format()
+  kept = jax.jit(lambda h: qz.quantize_rows(h, fmt))(h)
   rows: list[table.Row] = []
   _add(rows, 'swiglu', 'xla', shape, swiglu.swiglu_forward, h)
   for by in _backends():
     use = lambda fn, by=by, **more: functools.partial(fn, implementation=by, **more)
-    _add(rows, 'swiglu to rows', by, shape, use(swiglu.swiglu_rows, fmt=fmt), h)
     backward = use(swiglu.swiglu_backward_quantized, fmts=(fmt,) * 3)
     _add(rows, 'gradient to rows and columns', by, shape, backward, da, h, weight)
+    _add(rows, 'the same, of h in FP8', by, shape, backward, da, kept, weight)
+    if by == 'mosaic':
+      continue
+    _add(rows, 'swiglu to rows', by, shape, use(swiglu.swiglu_rows, fmt=fmt), h)
+    _add(rows, 'swiglu and h to rows', by, shape, use(swiglu.swiglu_rows_and_hidden, fmt=fmt), h)
     if by == 'triton':
       # a call of its own must copy da and h first, as their memory becomes the results'
       kept = lambda da, h, w: (*swiglu.swiglu_backward(da, h, w), da, h)
