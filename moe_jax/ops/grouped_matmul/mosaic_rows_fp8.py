@@ -7,6 +7,11 @@ The pipeline is that of mosaic_fp8.py, the order of tiles that of mosaic_rows.py
 multiples of 128 rows, so no slab of 64 rows belongs to two experts, and every slab leaves whole.
 FP8 operands of wgmma must both be contiguous along K, hence w is [E, N, K]. No pairs: blocks that
 shared x were level or slower, and one case of 64 uneven groups never ended, for a reason not found.
+
+Two units are in flight: a warpgroup multiplies its next one while it promotes the last, with
+registers for both and the sums, 192 of 232. Bound: products of 128 columns, whose operands both
+come from shared memory, reach 60% of the tensor cores' peak at full clock, promoted or not; then
+the power limit.
 """
 
 # R rows  K contracted  N columns of y  E experts  B blocks of 128 along K
