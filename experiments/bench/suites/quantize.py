@@ -110,8 +110,8 @@ def run_swiglu(num_rows: int, f: int) -> list[table.Row]:
     _add(rows, 'swiglu and h to rows', by, shape, use(swiglu.swiglu_rows_and_hidden, fmt=fmt), h)
     if by == 'triton':
       # a call of its own must copy da and h first, as their memory becomes the results'
-      kept = lambda da, h, w: (*swiglu.swiglu_backward(da, h, w), da, h)
-      _add(rows, 'gradient in bfloat16, copies', by, shape, kept, da, h, weight)
+      after = lambda da, h, w: (*swiglu.swiglu_backward(da, h, w), da, h)
+      _add(rows, 'gradient in bfloat16, copies', by, shape, after, da, h, weight)
     else:
       _add(rows, 'gradient in bfloat16', by, shape, use(swiglu.swiglu_backward), da, h, weight)
   return rows
