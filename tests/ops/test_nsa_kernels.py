@@ -1,11 +1,13 @@
 """NSA's kernels, interpreted, against its masks: values and gradients over several documents."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.mesh import AbstractDevice
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -181,3 +183,18 @@ def test_runs_by_the_dense_kernels_are_the_masks_and_so_are_their_gradients(
 def test_the_kernels_say_why_they_cannot():
   q = jnp.zeros((1, 4, G, M, C), jnp.bfloat16)
   assert 'needs an NVIDIA GPU' in (nsa.unsupported(q, C, SIZES) or '')
+
+
+@pytest.mark.parametrize('keys', [3, 34, 40])
+def test_importance_lowers_for_hopper_with_any_number_of_keys(keys):
+  # what TMA refuses, the interpreter takes
+  shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+  args = (
+    shape(jnp.bfloat16, 544, 2, 16, 64), shape(jnp.bfloat16, keys, 2, 64), shape(jnp.int32, 544),
+    shape(jnp.int32, 544), shape(jnp.float32, 544, 2, 16), shape(jnp.int32),
+  )  # fmt: skip
+  hopper = AbstractDevice(device_kind='NVIDIA H100', num_cores=132, platform='gpu')
+  run = functools.partial(mosaic_importance.importance, queries=512, scale=SCALE)
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=hopper)):
+    lowered = jax.jit(run).trace(*args).lower(lowering_platforms=('cuda',))
+  assert 'mosaic_gpu' in lowered.as_text()

@@ -52,8 +52,9 @@ def importance(
   T, G, M, _ = q_TGMC.shape
   R, at_once = k_RGC.shape[0], ROWS // M
   tiles, pad = pl.cdiv(T, at_once), -T % at_once
-  # TMA wants a row of sums in multiples of 16 bytes
+  # TMA wants a row of sums in multiples of 16 bytes, and keys in eights
   width = pl.cdiv(R, 8) * 8
+  k_RGC = jnp.pad(k_RGC, ((0, width - R), (0, 0), (0, 0)))
   grouped = lambda a, fill: jnp.pad(a, (0, pad), constant_values=fill).reshape(tiles, at_once)
   first_N = grouped(first_T, R).min(1) // _KEYS
   end_N = pl.cdiv(grouped(first_T + count_T, 0).max(1), _KEYS)
