@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, nvvm
+from jaxlib.mlir.dialects import arith, nvvm, scf, vector
 
 # of a warpgroup
 THREADS = 128
@@ -105,3 +107,48 @@ def drain(*, native: bool) -> None:
       mgpu_utils.inline_ptx('cp.async.wait_all;', has_side_effects=True)
 
     wait()
+
+
+def scale_rows(matrix: jax.Array, factor: jax.Array, *, native: bool) -> jax.Array:
+  """matrix * factor[:, None] in registers; a warp whose factors are all 1 multiplies nothing.
+
+  Args:
+    matrix: float32 in the layout of wgmma's sums, and `factor` in that of its rows.
+  """
+  layout = plgpu.Layout.WGMMA
+  if not native:
+    return matrix * jax.lax.broadcast_in_dim(factor, matrix.shape, [0])
+
+  @inlined(
+    layout,
+    layout.reduce(1),
+    returns=plgpu.ShapeDtypeStruct(matrix.shape, matrix.dtype, layout=layout),
+  )
+  def scale(_, matrix, factor):
+    f32, i32_type = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+    one = arith.constant(f32, 1.0)
+    differs = None
+    for register in factor.registers.flat:
+      value = vector.extract(register, dynamic_position=[], static_position=[0])
+      this = arith.cmpf(arith.CmpFPredicate.UNE, value, one)
+      differs = this if differs is None else arith.ori(differs, this)
+    vote = mgpu_utils.inline_ptx(
+      '{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; '
+      'selp.u32 $0, 1, 0, p; }',
+      arith.extui(i32_type, differs),
+      result_types=i32_type,
+      has_side_effects=True,
+    )
+    some = arith.cmpi(arith.CmpIPredicate.ne, vote, i32(0))
+    registers = list(matrix.registers.flat)
+    branch = scf.IfOp(some, [r.type for r in registers], has_else=True)
+    with ir.InsertionPoint(branch.then_block):
+      wide = factor.broadcast_in_dim(matrix.shape, (0,), matrix.layout)
+      scf.yield_(list((matrix * wide).registers.flat))
+    otherwise: Any = branch.else_block
+    with ir.InsertionPoint(otherwise):
+      scf.yield_(registers)
+    results = np.array(list(branch.results), dtype=object).reshape(matrix.registers.shape)
+    return mgpu.FragmentedArray(_registers=results, _layout=matrix.layout, _is_signed=None)
+
+  return scale(matrix, factor)

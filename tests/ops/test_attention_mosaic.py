@@ -13,6 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe_jax import sharding as sh
 from moe_jax.ops.attention import attention, attention_and_lse, mosaic
 from moe_jax.ops.attention.bounds import visible_bounds
+from moe_jax.ops.attention.mosaic_forward import tile_of
+from moe_jax.ops.attention.schedule import lists_of_tiles
 
 # B batch  S sequence  H query heads  G key-value heads  C key width  V value width
 SCALE = 0.1
@@ -150,6 +152,25 @@ def test_bounds_name_the_keys_of_a_query_and_the_queries_of_a_key(window):
   for b, s in np.ndindex(segment.shape):
     assert first[b, s] == min(t for t in range(s + 1) if sees(b, s, t))
     assert end[b, s] == 1 + max(t for t in range(s, 8) if sees(b, s, t))
+
+
+@pytest.mark.parametrize('heads, tiles', [(64, 64), (16, 128), (256, 32), (1, 5)])
+def test_lists_hold_every_tile_once_and_keep_cores_busy(heads, tiles):
+  lists = lists_of_tiles(heads, tiles, 132)
+  assert np.array_equal(np.sort(lists[lists >= 0]), np.arange(heads * tiles))
+  assert (lists[:, -1] == -1).all()
+  # each list to the core that is free first
+  cores = np.zeros(132)
+  for work in np.where(lists >= 0, lists % tiles + 1, 0).sum(1):
+    cores[cores.argmin()] += work
+  assert cores.max() <= max(1.02 * cores.mean(), tiles)
+
+
+@pytest.mark.parametrize('widths', [(64, 64), (128, 128), (192, 128), (256, 64)])
+def test_tiles_fit_into_shared_memory(widths):
+  C, V = widths
+  tile = tile_of(C, V)
+  assert 2 * (128 * C + 128 * 64 + tile.stages * tile.step * (C + V)) < 232448
 
 
 def test_unfit_operands_are_refused_with_the_reason(monkeypatch):

@@ -88,12 +88,15 @@ def launch(kernel: Callable, *, grid: tuple[int, int, int], name: str, **types) 
     num_threads=3,
     thread_name='warpgroup',
     kernel_name=name,
-    # no barriers of the compiler's own: no thread both reads and writes any shared memory before
-    # the loops are over
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-    ),
+    compiler_params=compiler_params(),
     **types,
+  )
+
+
+def compiler_params() -> Any:
+  """No barriers of the compiler's own: kernels place those that they need."""
+  return plgpu.CompilerParams(
+    approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
   )
 
 

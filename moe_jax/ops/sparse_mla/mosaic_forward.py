@@ -30,11 +30,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe_jax.ops.mosaic_inline import scale_rows
 from moe_jax.ops.sparse_mla import mosaic_gather as mg
 
 HEADS = 64
 ROPE = 64
 _NO_SCORE = -1e30
+# the running maximum stays until it is exceeded by this, in powers of 2, so that sums are hardly
+# ever scaled; no probability is then above 256
+_SLACK = 8.0
 _BUFFERS = 2
 _ROW = plgpu.Layout.WGMMA.reduce(1)
 
@@ -96,7 +100,7 @@ def attend(
         slot = slot_of(i)
         plgpu.barrier_wait(p_full.at[slot])
         a = plgpu.load(rescale_s.at[slot], layout=_ROW)
-        accs = [acc * lax.broadcast_in_dim(a, acc.shape, [0]) for acc in accs]
+        accs = [scale_rows(acc, a, native=native) for acc in accs]
         mine = [group * (parts // 2) + n for n in range(parts // 2)]
         release = lambda n: plgpu.barrier_arrive(empty.at[slot * parts + mine[n]])
         values = [latent_s.at[slot, n] for n in mine]
@@ -149,7 +153,8 @@ def attend(
         s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((HEADS, mg.BLOCK)))
         at = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
         s = jnp.where(at < count - i * mg.BLOCK, s * to_log2, _NO_SCORE)
-        new_top = jnp.maximum(top, s.max(axis=1))
+        new_top = s.max(axis=1)
+        new_top = jnp.where(new_top > top + _SLACK, new_top, top)
         a = jnp.exp2(top - new_top)
         p = jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, [0]))
         rope_s[slot] = p.astype(rope_s.dtype)
