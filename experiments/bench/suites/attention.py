@@ -81,7 +81,7 @@ def run(only: str = '') -> Iterator[list[table.Row]]:
   if jax.default_backend() != 'gpu':
     yield run_case(Case('tiny', 1, 64, 2, (16, 8)))
     return
-  for case in BARS + LENGTHS:
+  for case in LENGTHS + BARS:
     if only in case.shape:
       yield run_case(case)
 
