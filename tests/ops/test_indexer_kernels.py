@@ -61,7 +61,7 @@ def test_top_k_is_exact_in_pieces_with_ties_and_few_keys(num_keys, k, piece):
   allowed = (np.arange(num_keys) >= first[:, None]) & (np.arange(num_keys) < end[:, None])
   expected = np.asarray(top_k_mask(score, jnp.asarray(allowed), k=k))
   place = triton_top_k.top_k(
-    score, jnp.asarray(first), jnp.asarray(end), k=k, piece=piece, interpret=True
+    score, jnp.asarray(first), jnp.asarray(end), k=k, piece=piece, step=16, interpret=True
   )
   for row, at in enumerate(np.asarray(place)):
     n = min(k, end[row] - first[row])
