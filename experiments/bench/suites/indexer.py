@@ -12,8 +12,9 @@ again, and the loss with its gradients.
 
 # S queries  T keys  J index heads  I index width  N entries
 
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,16 +33,19 @@ LENGTHS = tuple(1024 * n for n in (4, 16, 64, 128))
 
 def run(only: str = '') -> Iterator[list[table.Row]]:
   if jax.default_backend() != 'gpu':
-    yield by_length(64, heads=8, width=16, k=8)
+    tiny = ByLength(64, heads=8, width=16, k=8)
+    yield tiny.run(timing.compile_all(tiny.calls()))
     return
+  cases = [ByLength(length) for length in LENGTHS if only in f'length {length}']
+  layers = [v4_attention.Case('csa', n) for n in LENGTHS[-2:] if only in f'v4 S{n}']
+  calls = [case.calls() for case in cases] + [entry_calls(case) for case in layers]
+  programs = timing.compile_all(call for of_case in calls for call in of_case)
   if only in 'bar':
     yield bar()
-  for length in LENGTHS:
-    if only in f'length {length}':
-      yield by_length(length, heads=64, width=128, k=2048)
-  for length in LENGTHS[-2:]:
-    if only in f'v4 S{length}':
-      yield of_entries(v4_attention.Case('csa', length), heads=64, width=128)
+  for i, case in enumerate(cases):
+    yield case.run(programs[2 * i : 2 * i + 2])
+  for i, case in enumerate(layers, len(cases)):
+    yield of_entries(case, programs[2 * i : 2 * i + 2])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -99,41 +103,65 @@ def _missed(score_T: jax.Array, place_K: jax.Array, k: int) -> int:
   return k - np.intersect1d(best, np.asarray(place_K)).size
 
 
-def by_length(length: int, *, heads: int, width: int, k: int) -> list[table.Row]:
-  """Choice of every query's keys, causal."""
-  q, key, weight = data(length, length, heads, width)
-  first, end = jnp.zeros((length,), jnp.int32), jnp.arange(1, length + 1, dtype=jnp.int32)
-  args = q, key, weight, first, end
-  calls = [(functools.partial(select_keys, k=k, fp8=fp8), args) for fp8 in (False, True)]
-  rows = []
-  for call, dtype in zip(timing.compile_all(calls), ('bfloat16', 'float8'), strict=True):
-    measured = timing.measure(call, [args], block=jax.block_until_ready, repeats=3)
-    pairs = length * (length + 1) / 2
-    rows.append(
-      table.row_of(
-        measured, amount=2 * pairs * heads * width, limit=LIMIT['TFLOP/s'], unit='TFLOP/s',
-        work=f'select {dtype}', by='kernels' if jax.default_backend() == 'gpu' else 'xla',
-        shape=f'length S{length} J{heads} I{width} k{k}', length=length,
-        gigabytes=(8 * pairs + q.nbytes + 4 * length * k) / 1e9, peak_gib=timing.peak_gib(call),
-      )
-    )  # fmt: skip
-  return rows
+@dataclasses.dataclass(frozen=True)
+class ByLength:
+  """Choice of every query's keys, causal, in bfloat16 and in float8."""
+
+  length: int
+  heads: int = 64
+  width: int = 128
+  k: int = 2048
+
+  def operands(self) -> tuple[jax.Array, ...]:
+    length = self.length
+    end = jnp.arange(1, length + 1, dtype=jnp.int32)
+    return *data(length, length, self.heads, self.width), jnp.zeros_like(end), end
+
+  def calls(self) -> list[tuple[Callable, tuple]]:
+    args = jax.eval_shape(self.operands)
+    return [(functools.partial(select_keys, k=self.k, fp8=fp8), args) for fp8 in (False, True)]
+
+  def run(self, programs: Sequence[jax.stages.Compiled]) -> list[table.Row]:
+    args = self.operands()
+    rows = []
+    for call, dtype in zip(programs, ('bfloat16', 'float8'), strict=True):
+      measured = timing.measure(call, [args], block=jax.block_until_ready, repeats=3)
+      pairs = self.length * (self.length + 1) / 2
+      moved = 8 * pairs + args[0].nbytes + 4 * self.length * self.k
+      rows.append(
+        table.row_of(
+          measured, amount=2 * pairs * self.heads * self.width, limit=LIMIT['TFLOP/s'],
+          unit='TFLOP/s', work=f'select {dtype}',
+          by='kernels' if jax.default_backend() == 'gpu' else 'xla',
+          shape=f'length S{self.length} J{self.heads} I{self.width} k{self.k}',
+          length=self.length, gigabytes=moved / 1e9, peak_gib=timing.peak_gib(call),
+        )
+      )  # fmt: skip
+    return rows
 
 
-def of_entries(case: v4_attention.Case, *, heads: int, width: int) -> list[table.Row]:
-  """The choice of V4's entries, and learning it."""
-  S, N, J, I = case.length, case.length // case.ratio, heads, width
-  q, _, entry, _, seen, index, _ = jax.jit(functools.partial(v4_attention.data, case))()
-  q_index, k_index, weight = data(S, N, J, I)
-  scored = q_index[None], k_index[None], weight[None]
+# of V4's indexer
+_HEADS, _WIDTH = 64, 128
+
+
+def entry_operands(case: v4_attention.Case) -> tuple:
+  """What the indexer multiplies, what each query may see; and what its loss is made from."""
+  q, _, entry, _, seen, index, _ = v4_attention.data(case)
+  scored = data(case.length, case.length // case.ratio, _HEADS, _WIDTH)
   # about what random scores sum to
-  lse = jnp.full((1, S, case.heads), 10.0)
+  lse = jnp.full((1, case.length, case.heads), 10.0)
+  return tuple(a[None] for a in scored), case.may_see(), (q, entry, lse, seen, index)
+
+
+def entry_calls(case: v4_attention.Case) -> list[tuple[Callable, tuple]]:
+  """The choice of V4's entries, and learning it."""
 
   def choice(scored, seen):
     q, k, weight = scored
     return entry_index.choose(q, k, weight, seen.entry_first_BS, seen.entry_count_BS, k=case.chosen)
 
-  def loss(scored, q, entry, lse, seen, index):
+  def loss(scored, operands):
+    q, entry, lse, seen, index = operands
     mass = sink_attention.chosen_mass(q, entry, lse, seen, index, scale=case.width**-0.5)
     used = jnp.arange(case.chosen) < seen.entry_count_BS[..., None]
 
@@ -144,21 +172,28 @@ def of_entries(case: v4_attention.Case, *, heads: int, width: int) -> list[table
 
     return jax.value_and_grad(of)(scored)
 
+  scored, may_see, operands = jax.eval_shape(functools.partial(entry_operands, case))
+  return [(choice, (scored, may_see)), (loss, (scored, operands))]
+
+
+def of_entries(case: v4_attention.Case, programs: Sequence[jax.stages.Compiled]) -> list[table.Row]:
+  scored, may_see, operands = jax.jit(functools.partial(entry_operands, case))()
   pairs = lambda seen: int(np.asarray(seen.entry_count_BS, np.int64).sum())
+  each = 2 * _HEADS * _WIDTH
   # the loss multiplies once in the attention's heads, and three times in the indexer's
-  learned = 2 * case.heads * case.width + 6 * J * I
+  learned = 2 * case.heads * case.width + 3 * each
   works = {
-    'choice': (choice, (scored, case.may_see()), 2 * J * I * pairs(case.may_see())),
-    'loss': (loss, (scored, q, entry, lse, seen, index), learned * pairs(seen)),
+    'choice': ((scored, may_see), each * pairs(may_see)),
+    'loss': ((scored, operands), learned * pairs(operands[3])),
   }
-  compiled = timing.compile_all((call, args) for call, args, _ in works.values())
   rows = []
-  for (work, (_, args, amount)), call in zip(works.items(), compiled, strict=True):
+  for (work, (args, amount)), call in zip(works.items(), programs, strict=True):
     measured = timing.measure(call, [args], block=jax.block_until_ready, repeats=3)
+    shape = f'v4 S{case.length} N{case.length // case.ratio} J{_HEADS} I{_WIDTH} k{case.chosen}'
     rows.append(
       table.row_of(
         measured, amount=amount, limit=LIMIT['TFLOP/s'], unit='TFLOP/s', work=work, by='csa',
-        shape=f'v4 S{S} N{N} J{J} I{I} k{case.chosen}', peak_gib=timing.peak_gib(call),
+        shape=shape, peak_gib=timing.peak_gib(call),
       )
     )  # fmt: skip
   return rows
