@@ -47,6 +47,11 @@ class Case:
     return f'{self.kind} S{self.length} H{self.heads}'
 
   @property
+  def plotted(self) -> int | None:
+    """The length, of rows that are drawn against it: those of one number of heads."""
+    return self.length if self.heads == Case.heads else None
+
+  @property
   def ratio(self) -> int:
     return 4 if self.kind == 'csa' else 128
 
@@ -154,7 +159,7 @@ def run_case(case: Case, programs: Sequence[jax.stages.Compiled]) -> list[table.
   return [
     table.row_of(
       measured[work], amount=factor * C * case.heads * pairs, limit=LIMIT, unit='TFLOP/s',
-      work=work, by=case.kind, shape=case.shape, error=errors.get(work), length=case.length,
+      work=work, by=case.kind, shape=case.shape, error=errors.get(work), length=case.plotted,
       gigabytes=gigabytes[work] / 1e9, peak_gib=peak(forward if work == 'fwd' else both),
       note=f'{pairs * C * 2 / 1e9:.1f} GB of keys read',
     )
@@ -210,7 +215,7 @@ def dense(case: Case, programs: Sequence[jax.stages.Compiled]) -> list[table.Row
     table.row_of(
       timing.Timing(measured[work].median_s * times, measured[work].spread),
       amount=width * pairs * case.heads, limit=LIMIT, unit='TFLOP/s', work=work, by='mla',
-      shape=f'mla S{S} H{case.heads}', gigabytes=gigabytes[work] * times / 1e9, length=S,
+      shape=f'mla S{S} H{case.heads}', gigabytes=gigabytes[work] * times / 1e9, length=case.plotted,
       note=f'{_DENSE_HEADS} heads times {times}; {read:.0f} GB of keys read',
     )
     for work, width in (('fwd', 640), ('bwd', 1664))
