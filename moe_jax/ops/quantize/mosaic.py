@@ -37,16 +37,12 @@ from moe_jax.ops.varying import match_vma
 
 __all__ = ['blocks', 'rows_and_columns', 'unsupported']
 
-# rows of tiles that are worked through column by column
-STRIP = 1
 
-
-@functools.partial(jax.jit, static_argnames=('fmt', 'strip', 'stages', 'pairs', 'native'))
+@functools.partial(jax.jit, static_argnames=('fmt', 'stages', 'pairs', 'native'))
 def rows_and_columns(
   x_RK: jax.Array,
   fmt: Format,
   *,
-  strip: int = STRIP,
   stages: int = 2,
   pairs: int = 2,
   native: bool = True,
@@ -59,11 +55,8 @@ def rows_and_columns(
     x_s, row_s, col_s, most_row_s, most_col_s, scale_s, inverse_s, full, met = scratch
 
     def place(tile):
-      """Row and column: down each column of a strip in turn."""
-      full = jnp.int32(strip * wide)
-      above, inside = lax.div(tile, full) * strip, lax.rem(tile, full)
-      height = lax.min(jnp.int32(strip), high - above)
-      return above + lax.rem(inside, height), lax.div(inside, height)
+      """Row and column."""
+      return lax.div(tile, jnp.int32(wide)), lax.rem(tile, jnp.int32(wide))
 
     def bring(tile, pair, slot):
       row, column = place(tile)
