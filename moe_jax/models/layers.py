@@ -96,9 +96,8 @@ def _by_recipe(
   def on_device(x: jax.Array, w: jax.Array, ready: Weights) -> jax.Array:
     x_TK = x.reshape(-1, math.prod(w.shape[:contracted]))
     w_KN = w.reshape(x_TK.shape[1], -1)
-    leaves, tree = jax.tree.flatten(ready)
-    x_TK, w_KN, *leaves = match_vma(x_TK, w_KN, *leaves)
-    y_TN = linear(x_TK, w_KN, recipe, ready=jax.tree.unflatten(tree, leaves))
+    x_TK, w_KN, ready = match_vma(x_TK, w_KN, ready)
+    y_TN = linear(x_TK, w_KN, recipe, ready=ready)
     y = y_TN.reshape(*x.shape[:lead], *w.shape[contracted:])
     return jax.lax.psum(y, tuple(split)) if split else y
 
@@ -165,15 +164,9 @@ class FeedForward(nn.Module):
     split = _spec(gathered.down)[0]
 
     def on_device(x_BSD: jax.Array, weights: Three, ready: Three) -> jax.Array:
-      leaves, tree = jax.tree.flatten(ready)
-      x_TD, *leaves = match_vma(x_BSD.reshape(-1, x_BSD.shape[-1]), *weights, *leaves)
-      y_TD = feed_forward(
-        x_TD,
-        Three(*leaves[:3]),
-        self.policy.linear,
-        limit=self.swiglu_limit,
-        ready=jax.tree.unflatten(tree, leaves[3:]),
-      )
+      x_TD, weights, ready = match_vma(x_BSD.reshape(-1, x_BSD.shape[-1]), weights, ready)
+      recipe, limit = self.policy.linear, self.swiglu_limit
+      y_TD = feed_forward(x_TD, weights, recipe, limit=limit, ready=ready)
       y_BSD = y_TD.reshape(x_BSD.shape)
       return jax.lax.psum(y_BSD, split) if split else y_BSD
 

@@ -75,13 +75,8 @@ def local_experts(
     multiple=multiple,
   )
   plan = checkpoint_name(plan, 'expert_plan')
-  leaves, tree = jax.tree.flatten(ready)
-  x_TD, weight_TK, gate_up_EDH, down_EFD, *rest = match_vma(
-    x_TD, weight_TK, gate_up_ED2F.reshape(E, D, 2 * F), down_EFD, *plan, *leaves
-  )
-  plan, leaves = Plan(*rest[: len(Plan._fields)]), rest[len(Plan._fields) :]
-  ready = jax.tree.unflatten(tree, leaves)
-  return _experts((limit, recipe), x_TD, weight_TK, gate_up_EDH, down_EFD, plan, ready)
+  operands = x_TD, weight_TK, gate_up_ED2F.reshape(E, D, 2 * F), down_EFD, plan, ready
+  return _experts((limit, recipe), *match_vma(*operands))
 
 
 type _Static = tuple[float, Recipe | None]
