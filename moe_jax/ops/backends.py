@@ -7,6 +7,9 @@ import jax
 
 _log = logging.getLogger(__name__)
 
+# of shared memory, what a Hopper block may have
+SMEM_BYTES = 232_448
+
 
 def choose(
   op: str,
@@ -25,37 +28,32 @@ def choose(
     NotImplementedError: `fast` was named and cannot run.
     ValueError: an unknown implementation.
   """
-  if implementation not in (None, fast, fallback):
-    raise ValueError(
-      f'{op}: implementation={implementation!r} must be None or in {[fast, fallback]}.'
-    )
-  if implementation == fallback:
-    return fallback
-  if problem is None:
-    return fast
-  if implementation == fast:
-    raise NotImplementedError(f'{op}, {fast}: {problem}.')
-  log_fallback(op, fast, fallback, problem)
-  return fallback
+  return first(op, implementation, {fast: problem}, fallback=fallback)
 
 
-def first(op: str, implementation: str | None, problems: dict[str, str | None]) -> str:
-  """`choose` among several: the first whose problem is None, or 'xla' after all of them.
+def first(
+  op: str,
+  implementation: str | None,
+  problems: dict[str, str | None],
+  *,
+  fallback: str = 'xla',
+) -> str:
+  """`choose` among several: the first whose problem is None, or `fallback` after all of them.
 
   Args:
     problems: of each backend, the fastest first.
   """
   if implementation is not None:
-    if implementation not in (*problems, 'xla'):
+    if implementation not in (*problems, fallback):
       raise ValueError(
-        f'{op}: implementation={implementation!r} must be None or in {[*problems, "xla"]}.'
+        f'{op}: implementation={implementation!r} must be None or in {[*problems, fallback]}.'
       )
     if problem := problems.get(implementation):
       raise NotImplementedError(f'{op}, {implementation}: {problem}.')
     return implementation
-  found = next((name for name, problem in problems.items() if problem is None), 'xla')
+  found = next((name for name, problem in problems.items() if problem is None), fallback)
   for name, problem in problems.items():
-    if name == found or problem is None:
+    if problem is None:
       break
     log_fallback(op, name, found, problem)
   return found

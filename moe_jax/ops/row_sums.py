@@ -9,6 +9,8 @@ by one program in a fixed order: each row once, at the speed of device memory.
 
 # N rows  S keys  X width  U queries  P pieces
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -49,6 +51,17 @@ def _pieces(width: int) -> list[tuple[int, int]]:
   return [(sum(bits[:i]), size) for i, size in enumerate(bits)]
 
 
+def _sum_of_rows(
+  rows_g: Any, row: jax.Array, inside: jax.Array, column: int, size: int
+) -> jax.Array:
+  """float32 sum, in a kernel, of the rows that are inside, of `size` columns from `column` on."""
+  shape = (_ROWS_A_STEP, size)
+  columns = column + jnp.arange(size, dtype=jnp.int32)
+  index = jnp.broadcast_to(row[:, None], shape), jnp.broadcast_to(columns[None], shape)
+  mask = jnp.broadcast_to(inside[:, None], shape)
+  return plt.load(rows_g.at[index], mask=mask, other=0.0).astype(jnp.float32).sum(0)
+
+
 def triton_add_rows(
   total_SX: jax.Array, rows_NX: jax.Array, order_N: jax.Array, start: jax.Array
 ) -> jax.Array:
@@ -65,15 +78,10 @@ def triton_add_rows(
       inside = at < end
       row = plt.load(order_g.at[at], mask=inside, other=0)
 
-      def piece(column, size, total):
-        shape = (_ROWS_A_STEP, size)
-        columns = column + jnp.arange(size, dtype=jnp.int32)
-        index = jnp.broadcast_to(row[:, None], shape), jnp.broadcast_to(columns[None], shape)
-        mask = jnp.broadcast_to(inside[:, None], shape)
-        part = plt.load(rows_g.at[index], mask=mask, other=0.0)
-        return total + part.astype(jnp.float32).sum(0)
-
-      return tuple(piece(*at, total) for at, total in zip(pieces, sums, strict=True))
+      return tuple(
+        total + _sum_of_rows(rows_g, row, inside, *at)
+        for at, total in zip(pieces, sums, strict=True)
+      )
 
     start_sums = tuple(plt.load(total_g.at[key, pl.ds(*at)]) for at in pieces)
     sums = lax.fori_loop(0, pl.cdiv(end - first, _ROWS_A_STEP), step, start_sums)
@@ -145,14 +153,9 @@ def triton_add_runs(
         slot = base + key - plt.load(first_g.at[query], mask=inside, other=0)
 
         def part(column, size, total):
-          shape = (_ROWS_A_STEP, size)
-          columns = column + jnp.arange(size, dtype=jnp.int32)
-          mask = jnp.broadcast_to(inside[:, None], shape)
           for block in range(B):
             row = jnp.where(inside, (block * U + query) * J + slot, 0)
-            index = jnp.broadcast_to(row[:, None], shape), jnp.broadcast_to(columns[None], shape)
-            part = plt.load(rows_g.at[index], mask=mask, other=0.0)
-            total = total + part.astype(jnp.float32).sum(0)
+            total = total + _sum_of_rows(rows_g, row, inside, column, size)
           return total
 
         return tuple(part(*at, total) for at, total in zip(pieces, sums, strict=True))

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax import sharding as sh
 from moe_jax.ops.attention import mosaic_forward, mosaic_key_grads, mosaic_query_grads
 from moe_jax.ops.attention.bounds import visible_bounds
-from moe_jax.ops.attention.mosaic_common import ROWS
+from moe_jax.ops.attention.mosaic_common import in_eights, whole_tiles
 from moe_jax.ops.backends import on_hopper
 
 # B batch  S sequence  H query heads  G key-value heads  C key width  V value width
@@ -61,10 +61,9 @@ def attention(
 
   def on_device(q, k, v, segment, *sink):
     S = q.shape[1]
-    # TMA wants rows in eights; the rows added are a document of their own
-    pad = lambda a, **kw: jnp.pad(a, ((0, 0), (0, -S % 8)) + ((0, 0),) * (a.ndim - 2), **kw)
-    first, end = visible_bounds(pad(segment, constant_values=-1), window)
-    out: Any = _attend(scale, pad(q), pad(k), pad(v), first, end, *sink)
+    # the rows added are a document of their own
+    first, end = visible_bounds(in_eights(segment, constant_values=-1), window)
+    out: Any = _attend(scale, *map(in_eights, (q, k, v)), first, end, *sink)
     o, lse = out
     return o[:, :S], lse[:, :, :S]
 
@@ -87,7 +86,7 @@ def _attend(scale: float, q, k, v, first_BS, end_BS, sink_H=None):
 
 def _attend_forward(scale: float, q, k, v, first_BS, end_BS, sink_H=None):
   o, lse2 = mosaic_forward.forward(
-    q, k, v, _whole_tiles(first_BS), sink_H, scale=scale, in_registers=_on_gpu()
+    q, k, v, whole_tiles(first_BS), sink_H, scale=scale, in_registers=_on_gpu()
   )
   # for a remat policy to keep
   o, lse2 = checkpoint_name(o, 'attention_out'), checkpoint_name(lse2, 'attention_lse')
@@ -104,16 +103,11 @@ def _attend_backward(scale: float, kept, cotangents):
   if sink_H is not None:
     p_sink_BHS = jnp.exp2(sink_H[:, None] / math.log(2) - lse2[:, :, : q.shape[1]])
     dsink_H = (p_sink_BHS * (dlse - delta_BHS)).sum((0, 2))
-  operands = (q, k, v, do, lse2, _whole_tiles(delta_BHS - dlse, mode='constant'))
+  operands = (q, k, v, do, lse2, whole_tiles(delta_BHS - dlse, mode='constant'))
   how = functools.partial(functools.partial, scale=scale, in_registers=_on_gpu())
-  dk, dv = how(mosaic_key_grads.key_grads)(*operands, _whole_tiles(end_BS))
-  dq = how(mosaic_query_grads.query_grads)(*operands, _whole_tiles(first_BS))
+  dk, dv = how(mosaic_key_grads.key_grads)(*operands, whole_tiles(end_BS))
+  dq = how(mosaic_query_grads.query_grads)(*operands, whole_tiles(first_BS))
   return dq, dk, dv, None, None, dsink_H
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _whole_tiles(a: jax.Array, mode: str = 'edge') -> jax.Array:
-  """Pads the last dimension, along the sequence, to whole tiles."""
-  return jnp.pad(a, ((0, 0),) * (a.ndim - 1) + ((0, -a.shape[-1] % ROWS),), mode=mode)

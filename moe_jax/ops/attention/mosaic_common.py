@@ -80,6 +80,16 @@ def tiled(shape: tuple[int, ...], dtype: Any):
   return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
 
+def in_eights(a: jax.Array, **how: Any) -> jax.Array:
+  """Pads a sequence, the second dimension, to a multiple of 8, as TMA wants rows."""
+  return jnp.pad(a, ((0, 0), (0, -a.shape[1] % 8)) + ((0, 0),) * (a.ndim - 2), **how)
+
+
+def whole_tiles(a: jax.Array, mode: str = 'edge') -> jax.Array:
+  """Pads the last dimension, along the sequence, to whole tiles."""
+  return jnp.pad(a, ((0, 0),) * (a.ndim - 1) + ((0, -a.shape[-1] % ROWS),), mode=mode)
+
+
 def launch(kernel: Callable, *, grid: tuple[int, int, int], name: str, **types) -> Callable:
   return plgpu.kernel(
     kernel,

@@ -46,12 +46,12 @@ from moe_jax.ops.attention.mosaic_common import (
   tiled,
 )
 from moe_jax.ops.attention.schedule import lists_of_tiles
+from moe_jax.ops.backends import SMEM_BYTES, num_sms
 from moe_jax.ops.mosaic_inline import scale_rows
 
 # a row's running maximum stays until it is exceeded by this, in powers of 2: no score is then worth
 # more than 256, which neither bfloat16 nor float32 minds, and sums are hardly ever scaled
 _SLACK = 8.0
-_MOST_SHARED_BYTES = 232448
 
 
 def tile_of(key_width: int, value_width: int) -> Tile:
@@ -59,7 +59,7 @@ def tile_of(key_width: int, value_width: int) -> Tile:
   tile = Tile(step=128)
   fixed = 2 * SLAB * (2 * key_width + 2 * SLAB + 4) + 1024
   stages = 2 * tile.stages * tile.step * (key_width + value_width)
-  return tile if fixed + stages <= _MOST_SHARED_BYTES else Tile(step=64)
+  return tile if fixed + stages <= SMEM_BYTES else Tile(step=64)
 
 
 def forward(
@@ -87,8 +87,7 @@ def forward(
   tile = tile or tile_of(C, V)
   N, stages = tile.step, tile.stages
   num_tiles = pl.cdiv(S, ROWS)
-  # the interpreter has few tiles, and is to walk lists of them too
-  table = lists_of_tiles(B * H, num_tiles, num_cores() if in_registers else 1)
+  table = lists_of_tiles(B * H, num_tiles, num_sms())
   # the softmax is of base 2, which the chip has an instruction for
   base2 = math.log2(math.e)
   dtype = q_BSHC.dtype
@@ -332,8 +331,3 @@ def forward(
       None if in_registers else tiled((2, SLAB, N), dtype),
     ),
   )(q_BSHC, k_BSGC, v_BSGV, first_BS, last_BS, sink_H, jnp.asarray(table))
-
-
-def num_cores() -> int:
-  """SMs of the chip; of an H100 where this is none."""
-  return getattr(jax.devices()[0], 'core_count', None) or 132

@@ -4,6 +4,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,25 @@ def smem_layout(columns: int, itemsize: int = 2) -> tuple:
 
 def ring_slot(step: jax.Array, stages: int) -> jax.Array:
   return lax.rem(step, jnp.int32(stages))
+
+
+def fill_ring(
+  steps: jax.Array, stages: int, empty: Any, copy: Callable[[jax.Array, jax.Array], None]
+) -> None:
+  """The loading warpgroup's part: copy(step, slot) as slots come free; in the end all are."""
+
+  def load(i, _):
+    slot = ring_slot(i, stages)
+
+    @pl.when(i >= stages)
+    def _():
+      plgpu.barrier_wait(empty.at[slot])
+
+    copy(i, slot)
+
+  lax.fori_loop(0, steps, load, None)
+  drain = lambda i, _: plgpu.barrier_wait(empty.at[ring_slot(i, stages)])
+  lax.fori_loop(lax.max(steps - stages, 0), steps, drain, None)
 
 
 def running_sum(count_E: jax.Array) -> jax.Array:

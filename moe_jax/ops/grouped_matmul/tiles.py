@@ -10,9 +10,11 @@ import json
 import pathlib
 from dataclasses import dataclass, replace
 
+from moe_jax.ops.backends import SMEM_BYTES
+
 TABLE = pathlib.Path(__file__).with_name('tiles.json')
-# what a Hopper block may have, less room for barriers and alignment
-_SMEM_BYTES = 232_448 - 2_048
+# of shared memory, less room for barriers and alignment
+_SMEM_BYTES = SMEM_BYTES - 2_048
 # where results of both warpgroups leave: cut slabs in mosaic_rows.py, all of mosaic_weights.py
 _EDGE_BYTES, _WEIGHTS_BYTES = 16_384, 65_536
 

@@ -21,7 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_jax.ops.grouped_matmul.mosaic_common import ring_slot, smem_layout
+from moe_jax.ops.attention.mosaic_common import compiler_params
+from moe_jax.ops.grouped_matmul.mosaic_common import fill_ring, ring_slot, smem_layout
 from moe_jax.ops.grouped_matmul.mosaic_gpu import on_hopper
 
 KEYS = 128
@@ -126,21 +127,13 @@ def scores(
       plgpu.copy_gmem_to_smem(q_g.at[rows], q_s, q_full)
       plgpu.copy_gmem_to_smem(w_g.at[rows], w_s, q_full)
 
-      def load(i, _):
-        slot = ring_slot(i, _STAGES)
-
-        @pl.when(i >= _STAGES)
-        def _():
-          plgpu.barrier_wait(empty.at[slot])
-
+      def load(i, slot):
         keys = pl.ds(pl.multiple_of((start + i) * KEYS, KEYS), KEYS)
         plgpu.copy_gmem_to_smem(k_g.at[keys], k_s.at[slot], full.at[slot])
         if scaled:
           plgpu.copy_gmem_to_smem(scale_g.at[keys], scale_s.at[slot], full.at[slot])
 
-      lax.fori_loop(0, steps, load, None)
-      drain = lambda i, _: plgpu.barrier_wait(empty.at[ring_slot(i, _STAGES)])
-      lax.fori_loop(lax.max(steps - _STAGES, 0), steps, drain, None)
+      fill_ring(steps, _STAGES, empty, load)
 
   itemsize = q_TJI.dtype.itemsize
   transforms = smem_layout(128 // itemsize, itemsize)
@@ -163,9 +156,7 @@ def scores(
     thread_name='warpgroup',
     kernel_name='index_scores',
     # no barriers around each store of sums: those of commit_smem and of the wait before are enough
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-    ),
+    compiler_params=compiler_params(),
   )
   scale_S = key_scale_S if scaled else jnp.zeros((8,), jnp.float32)
   return launch(q_TJI.reshape(T * J, I), k_SI, weight_R, range_G2, scale_S)

@@ -22,7 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_jax.ops.attention.mosaic_common import tiled
+from moe_jax.ops.attention.mosaic_common import compiler_params, tiled
+from moe_jax.ops.grouped_matmul.mosaic_common import fill_ring, ring_slot
 from moe_jax.ops.nsa.triton_runs import LOG2E
 
 ROWS = 256
@@ -71,7 +72,6 @@ def importance(
     known = lax.min(tile, tiles - 1)
     begin, end = range_g[known, 0], range_g[known, 1]
     steps = jnp.where(tile < tiles, lax.max(end - begin, 0), 0)
-    slot_of = lambda i: lax.rem(i, jnp.int32(_STAGES))
 
     @pl.when(warpgroup < 2)
     def _():
@@ -83,7 +83,7 @@ def importance(
       mine = pl.ds(pl.multiple_of(warpgroup * _SLAB, _SLAB), _SLAB)
 
       def step(i, _):
-        slot = slot_of(i)
+        slot = ring_slot(i, _STAGES)
         plgpu.barrier_wait(full.at[slot])
 
         def products(accs):
@@ -117,19 +117,11 @@ def importance(
       rows = pl.ds(pl.multiple_of(known * ROWS, ROWS), ROWS)
       plgpu.copy_gmem_to_smem(lse_g.at[group, rows], lse_s, q_full)
 
-      def load(i, _):
-        slot = slot_of(i)
-
-        @pl.when(i >= _STAGES)
-        def _():
-          plgpu.barrier_wait(empty.at[slot])
-
+      def load(i, slot):
         keys = pl.ds(pl.multiple_of((begin + i) * _KEYS, _KEYS), _KEYS)
         plgpu.copy_gmem_to_smem(k_g.at[keys, group], k_s.at[slot], full.at[slot])
 
-      lax.fori_loop(0, steps, load, None)
-      drain = lambda i, _: plgpu.barrier_wait(empty.at[slot_of(i)])
-      lax.fori_loop(lax.max(steps - _STAGES, 0), steps, drain, None)
+      fill_ring(steps, _STAGES, empty, load)
 
   C, dtype = q_TGMC.shape[-1], q_TGMC.dtype
   launch: Callable = plgpu.kernel(
@@ -150,8 +142,6 @@ def importance(
     thread_name='warpgroup',
     kernel_name='nsa_importance',
     # no barriers around each store of sums: those of commit_smem and of the wait before are enough
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-    ),
+    compiler_params=compiler_params(),
   )
   return launch(q_TGMC, k_RGC, lse_GX, range_N2, start_tile)

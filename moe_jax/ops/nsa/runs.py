@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.ops import pallas_triton
 from moe_jax.ops.attention import mosaic, mosaic_forward, mosaic_key_grads, mosaic_query_grads
-from moe_jax.ops.attention.mosaic_common import ROWS
+from moe_jax.ops.attention.mosaic_common import in_eights, whole_tiles
 from moe_jax.ops.nsa import triton_runs
 
 
@@ -125,8 +125,8 @@ def dense_forward(
   """The output and its base-2 logsumexp by the kernel of dense attention."""
   B, S, G, M, C = q_BSGMC.shape
   o, lse_BHS = mosaic_forward.forward(
-    _eights(q_BSGMC.reshape(B, S, G * M, C)), _eights(k_BNGC), _eights(v_BNGC),
-    _tiles(first_BS, mode='edge'), None, _tiles(first_BS + count_BS - 1, mode='edge'),
+    in_eights(q_BSGMC.reshape(B, S, G * M, C)), in_eights(k_BNGC), in_eights(v_BNGC),
+    whole_tiles(first_BS), None, whole_tiles(first_BS + count_BS - 1),
     scale=scale, in_registers=jax.default_backend() == 'gpu',
   )  # fmt: skip
   lse_BSGM = jnp.swapaxes(lse_BHS[..., :S], 1, 2).reshape(B, S, G, M)
@@ -134,16 +134,6 @@ def dense_forward(
   lse_BSGM = jnp.where(some_BS11, lse_BSGM, triton_runs.NO_SCORE)
   o_BSGMC = o[:, :S].reshape(q_BSGMC.shape)
   return jnp.where(some_BS11[..., None], o_BSGMC, jnp.zeros_like(o_BSGMC)), lse_BSGM
-
-
-def _eights(a: jax.Array) -> jax.Array:
-  """Rows in eights, as TMA wants them."""
-  return jnp.pad(a, ((0, 0), (0, -a.shape[1] % 8)) + ((0, 0),) * (a.ndim - 2))
-
-
-def _tiles(a: jax.Array, **kw) -> jax.Array:
-  """A number of each row's in whole tiles."""
-  return jnp.pad(a, (*((0, 0),) * (a.ndim - 1), (0, -a.shape[-1] % ROWS)), **kw)
 
 
 def dense_gradients(
@@ -160,14 +150,14 @@ def dense_gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """dq, dk and dv by the kernels of dense attention."""
   (B, S, G, M, C), N = q_BSGMC.shape, k_BNGC.shape[1]
-  heads = lambda a: _eights(a.reshape(B, S, G * M, C))
-  by_row = lambda a: _tiles(jnp.swapaxes(a.reshape(B, S, G * M), 1, 2))
-  q, do, k, v = heads(q_BSGMC), heads(do_BSGMC), _eights(k_BNGC), _eights(v_BNGC)
+  heads = lambda a: in_eights(a.reshape(B, S, G * M, C))
+  by_row = lambda a: whole_tiles(jnp.swapaxes(a.reshape(B, S, G * M), 1, 2), mode='constant')
+  q, do, k, v = heads(q_BSGMC), heads(do_BSGMC), in_eights(k_BNGC), in_eights(v_BNGC)
   sums = by_row(lse_BSGM), by_row(delta_BSGM)
   last_BS = first_BS + count_BS - 1
   how = {'scale': scale, 'in_registers': jax.default_backend() == 'gpu'}
   dq = mosaic_query_grads.query_grads(
-    q, k, v, do, *sums, _tiles(first_BS, mode='edge'), _tiles(last_BS, mode='edge'), **how
+    q, k, v, do, *sums, whole_tiles(first_BS), whole_tiles(last_BS), **how
   )
   # of few keys the first have by far the most queries: a program for each query head then keeps
   # all of the chip busy
@@ -178,7 +168,7 @@ def dense_gradients(
   begin_BN, end_BN = find('left')(last_BS), find('right')(first_BS)
   parts = mosaic_key_grads.key_grads(
     q, spread(k), spread(v), do, *sums,
-    _tiles(end_BN, mode='edge'), _tiles(begin_BN, mode='edge'), **how,
+    whole_tiles(end_BN), whole_tiles(begin_BN), **how,
   )  # fmt: skip
   total = lambda a: a.reshape(B, -1, G, shared, C).astype(jnp.float32).sum(3)[:, :N]
   dk, dv = (total(a).astype(k.dtype) for a in parts)
